@@ -1,0 +1,46 @@
+"""smelt: merge, compare and verify trained networks in parameter space.
+
+    smelt.merge("recipe.yml", "out")        run a recipe (mergekit's YAML runs unmodified)
+    smelt.merge_tensors("ties", [a, b], base)   the same methods on dicts of arrays
+    smelt.load("model")                     a lazy mapping name -> tensor
+    smelt.check(["a", "b"], base="c")       do these share a backbone, what should I use?
+    smelt.methods.names()                   the registry
+
+Nothing heavy is imported until it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+from .errors import InputRejected, MissingExtra, OperationFailed, SmeltError, UsageError
+
+if TYPE_CHECKING:
+    from . import methods
+    from .checkpoint import Checkpoint, load
+    from .diagnosis import check
+    from .engine import Artifact, Plan, merge, merge_tensors, plan, verify
+
+__all__ = [
+    "Artifact", "Checkpoint", "InputRejected", "MissingExtra", "OperationFailed", "Plan", "SmeltError",
+    "UsageError", "__version__", "check", "load", "merge", "merge_tensors", "methods", "plan", "verify",
+]  # fmt: skip
+
+_HOMES = {
+    "Artifact": "engine", "Checkpoint": "checkpoint", "Plan": "engine", "check": "diagnosis",
+    "load": "checkpoint", "merge": "engine", "merge_tensors": "engine", "plan": "engine", "verify": "engine",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name == "methods":
+        return importlib.import_module(".methods", __name__)
+    if name in _HOMES:
+        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module 'smelt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

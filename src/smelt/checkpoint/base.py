@@ -1,0 +1,112 @@
+"""What every weight source offers: named tensors, read piece by piece.
+
+A new file format is one file beside this one that subclasses :class:`Checkpoint`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..kernels.dtypes import DTYPES
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor as its header states it; nothing has been read.
+
+    ``dtype`` is the safetensors code ("BF16", "F32", "I64", ...), ``file`` and ``offset`` tell where the
+    first byte lies (an empty file name for tensors in memory) and serve only to read in disk order.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str = ""
+    offset: int = 0
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * DTYPES[self.dtype].bits // 8
+
+
+@dataclass(frozen=True, slots=True)
+class FileIdentity:
+    """What a file was when it was opened; compared again after the last read."""
+
+    path: Path
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+
+class Checkpoint(ABC, Mapping[str, npt.NDArray[Any]]):
+    """Named tensors. As a mapping it is lazy: ``checkpoint[name]`` reads one whole tensor.
+
+    Attributes
+    ----------
+    label: what to call it in messages and cards (as the user wrote it; never an absolute path in outputs).
+    tensors: name -> :class:`TensorInfo`, sorted by name.
+    config: the parsed ``config.json``, or an empty dict when there is none.
+    folder: the local directory with its side files (tokenizer, config, ...), or None.
+    revision: the hub commit hash the label was resolved to, or None.
+    metadata: the ``__metadata__`` strings of the file(s), merged.
+    """
+
+    label: str
+    tensors: Mapping[str, TensorInfo]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+    revision: str | None = None
+    metadata: Mapping[str, str]
+
+    @abstractmethod
+    def read(self, name: str, start: int, out: npt.NDArray[Any]) -> None:
+        """Fill ``out`` (1-D, the dtype's storage type, C-contiguous) with elements start..start+len(out).
+
+        Storage types are in ``kernels.dtypes.DTYPES``: BF16 and F16 are uint16, F32 float32, and so on.
+        Thread-safe. Raises OperationFailed on an I/O error or a short file (names file, tensor, offset).
+        """
+
+    @abstractmethod
+    def check_unchanged(self) -> None:
+        """Raise OperationFailed when an input file is no longer what it was when it was opened."""
+
+    def files(self) -> list[FileIdentity]:
+        """The weight files behind this checkpoint, sorted by name; empty for tensors in memory."""
+        return []
+
+    def close(self) -> None:
+        """Release file descriptors. Further reads fail."""
+
+    def __getitem__(self, name: str) -> npt.NDArray[Any]:
+        info = self.tensors[name]
+        dtype = DTYPES[info.dtype]
+        flat = np.empty(info.count, dtype.storage)
+        self.read(name, 0, flat)
+        return dtype.as_values(flat).reshape(info.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

@@ -1,0 +1,25 @@
+"""Recipe -> plan -> run -> publish."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .memory import merge_tensors
+    from .merge import Artifact, merge
+    from .plan import Plan, plan
+    from .verify import verify
+
+__all__ = ["Artifact", "Plan", "merge", "merge_tensors", "plan", "verify"]
+
+_HOMES = {
+    "Artifact": "merge", "Plan": "plan", "merge": "merge", "merge_tensors": "memory", "plan": "plan",
+    "verify": "verify",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module 'smelt.engine' has no attribute {name!r}")

@@ -1,0 +1,49 @@
+"""The model card: README.md with the hub's metadata, the method and its paper, the models, the recipe."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import PurePath
+
+from ..methods import Method
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?")
+
+
+def public_name(text: str, is_local: bool) -> str:
+    """How an output may name a model: a hub id as it is, a local path by its last component."""
+    return PurePath(text).name or "model" if is_local else text
+
+
+def public_recipe(recipe: str, local_paths: Sequence[str]) -> str:
+    """The recipe with local paths cut to their last component: no output tells where its author works."""
+    for path in sorted(local_paths, key=len, reverse=True):
+        if "/" in path or "\\" in path:
+            recipe = recipe.replace(path, public_name(path, True))
+    return recipe
+
+
+def card(
+    *, title: str, method: Method, base: str | None, models: Sequence[str], hub_ids: Sequence[str],
+    license_name: str | None, recipe: str, notices: Sequence[str],
+) -> str:  # fmt: skip
+    """README.md. ``models`` and ``base`` are public names, ``hub_ids`` those of them that are hub ids."""
+    lines = ["---"]
+    if hub_ids:
+        lines += ["base_model:", *(f"- {name}" for name in hub_ids), "base_model_relation: merge"]
+    lines += ["library_name: transformers", *([f"license: {license_name}"] if license_name else [])]
+    lines += ["tags:", "- merge", "- smelt", "---", "", f"# {title}", ""]
+    lines += [f"A merge made with smelt by **{method.title}** (`{method.name}`).", "", f"> {method.citation}", ""]
+    if base:
+        lines += [f"Base model: `{base}`", ""]
+    lines += ["Merged models:", "", *(f"- `{name}`" for name in models), ""]
+    if notices:
+        lines += ["Notices of the run:", "", *(f"- {notice}" for notice in notices), ""]
+    lines += ["The recipe:", "", "```yaml", recipe.rstrip(), "```", ""]
+    lines += ["`smelt-manifest.json` holds the digests of inputs and outputs; check them with `smelt verify`.", ""]
+    return "\n".join(lines)
+
+
+def is_hub_id(text: str) -> bool:
+    return _HUB_ID.fullmatch(text) is not None

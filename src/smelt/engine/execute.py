@@ -1,0 +1,260 @@
+"""Reduce, then map: run methods over tiles on a pool of threads.
+
+One coordinator (the calling thread) moves each tensor from pass to pass; the pool's threads read tiles,
+compute and write. Kernels, file reads and writes all release the interpreter's lock, so reading, computing
+and writing overlap. Several tensors are in flight, as many as the memory budget holds. No result depends on
+the order in which tiles finish.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy.typing as npt
+
+from ..kernels.program import Call, Copy, Operand, Output, Request, Whole
+from .device import Mapper
+from .progress import Progress, Silent
+from .reduce import Partials, Reducer, reducer_for
+from .tiles import TILE, BufferPool, Tile, tiles_of
+from .whole import run_whole
+
+Steps = Generator[tuple[Request, ...], list[Any], Any]
+Task = Callable[[Tile], Any]
+
+
+class Sink(Protocol):
+    """Where output tensors go."""
+
+    def write(self, name: str, start: int, array: npt.NDArray[Any], release: Callable[[], None]) -> None:
+        """Store elements from ``start`` on; call ``release`` when the array is no longer needed."""
+
+    def finish(self, name: str) -> None:
+        """All elements of ``name`` have been written."""
+
+
+@dataclass(eq=False)
+class Job:
+    """One output tensor: how it is stored, and how to start its method."""
+
+    name: str
+    dtype: str
+    count: int
+    inputs: Sequence[Operand]
+    begin: Callable[[], Steps | Output]
+
+    @property
+    def input_bytes(self) -> int:
+        from ..kernels.dtypes import DTYPES
+
+        return sum(operand.count * DTYPES[operand.dtype].bits // 8 for operand in self.inputs)
+
+
+@dataclass(eq=False)
+class _Live:
+    """A job in flight."""
+
+    job: Job
+    tiles: list[Tile]
+    cost: int
+    steps: Steps | None = None
+    reducers: list[Reducer] = field(default_factory=list)
+    partials: dict[int, Any] = field(default_factory=dict)
+    pending: int = 0
+    after: Callable[[], None] = lambda: None
+
+
+class Executor:
+    """Runs jobs; ``budget`` bounds the bytes of tiles that are held at once."""
+
+    def __init__(
+        self, sink: Sink, mapper: Mapper, *, threads: int, budget: int, progress: Progress | None = None
+    ) -> None:
+        self._sink = sink
+        self._mapper = mapper
+        self._budget = budget
+        self._progress = progress or Silent()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="smelt")
+        self._buffers = BufferPool()
+        self._done: queue.SimpleQueue[tuple[_Live, int, Any, BaseException | None]] = queue.SimpleQueue()
+        self._live: set[_Live] = set()
+
+    def __enter__(self) -> Executor:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    # --- jobs -------------------------------------------------------------------------------------------
+
+    def run(self, jobs: Iterable[Job]) -> None:
+        """Make every job's tensor. The first error stops the run and is raised."""
+        waiting = deque(jobs)
+        while waiting or self._live:
+            while waiting and self._fits(waiting[0]):
+                self._start(waiting.popleft())
+            if self._live:
+                self._collect()
+
+    def _fits(self, job: Job) -> bool:
+        held = sum(live.cost for live in self._live)
+        return not self._live or (held + job.input_bytes <= self._budget and len(self._live) < 64)
+
+    def _start(self, job: Job) -> None:
+        begun = job.begin()
+        statistics = isinstance(begun, Generator)
+        resident = statistics and 2 * job.input_bytes <= self._budget
+        tiles = tiles_of(job.count, self._buffers, resident)
+        live = _Live(job, tiles, job.input_bytes if resident else 0)
+        self._live.add(live)
+        if isinstance(begun, Generator):
+            live.steps = begun
+            self._advance(live)
+        else:
+            self._finish(live, begun)
+
+    def _advance(self, live: _Live) -> None:
+        """Send the finished statistics to the method until it needs another pass, or ends."""
+        assert live.steps is not None
+        while all(reducer.done for reducer in live.reducers):
+            results = [reducer.result for reducer in live.reducers]
+            try:
+                requests = live.steps.send(results if live.reducers or live.partials else None)  # type: ignore[arg-type]
+            except StopIteration as end:
+                self._finish(live, end.value)
+                return
+            live.reducers = [reducer_for(request) for request in requests]
+            live.partials = {-1: None}
+        active = [reducer for reducer in live.reducers if not reducer.done]
+        self._submit(live, _pass_over([(reducer, reducer.calls[0]) for reducer in active]), self._absorb(live, active))
+
+    def _absorb(self, live: _Live, active: Sequence[Reducer]) -> Callable[[], None]:
+        def after() -> None:
+            ordered = sorted(live.partials.items())
+            for position, reducer in enumerate(active):
+                reducer.absorb([(index, parts[position]) for index, parts in ordered])
+            self._advance(live)
+
+        return after
+
+    def _finish(self, live: _Live, output: Output) -> None:
+        """The map pass: compute and write."""
+        if isinstance(output, Whole):
+            whole = Tile(0, live.job.count, self._buffers)
+            live.tiles = [whole]
+            self._submit(live, lambda tile: run_whole(output, live.job, self._sink, self._buffers), self._end(live))
+        else:
+            self._submit(live, self._map(live.job, output), self._end(live))
+
+    def _map(self, job: Job, output: Call | Copy) -> Task:
+        def task(tile: Tile) -> None:
+            out = self._buffers.take(tile.count, job.dtype)
+            self._mapper(job.name, output, job.dtype, tile, out)
+            tile.release()
+            self._sink.write(job.name, tile.start, out, lambda: self._buffers.give(out))
+            self._progress.advance(out.nbytes)
+
+        return task
+
+    def _end(self, live: _Live) -> Callable[[], None]:
+        def after() -> None:
+            self._sink.finish(live.job.name)
+            self._live.discard(live)
+
+        return after
+
+    # --- tiles ------------------------------------------------------------------------------------------
+
+    def _submit(self, live: _Live, task: Task, after: Callable[[], None]) -> None:
+        """Run ``task`` on each tile, then ``after`` on the coordinator."""
+        live.partials, live.pending, live.after = {}, len(live.tiles), after
+        if not live.tiles:
+            after()
+        for index, tile in enumerate(live.tiles):
+            self._pool.submit(self._run, live, index, tile, task)
+
+    def _run(self, live: _Live, index: int, tile: Tile, task: Task) -> None:
+        """Runs on a thread of the pool; never raises."""
+        try:
+            result = task(tile)
+            if not tile.resident:
+                tile.release()
+            self._progress.advance(tile.bytes_read)
+            tile.bytes_read = 0
+            self._done.put((live, index, result, None))
+        except BaseException as error:
+            self._done.put((live, index, None, error))
+
+    def _collect(self) -> None:
+        """Take one finished tile; move its tensor on when it was the last of the pass."""
+        live, index, result, error = self._done.get()
+        if error is not None:
+            raise error
+        live.partials[index] = result
+        live.pending -= 1
+        if not live.pending:
+            live.after()
+
+    # --- whole-model statistics -------------------------------------------------------------------------
+
+    def survey(self, steps: Steps) -> Any:
+        """Run a coroutine whose requests span many tensors; returns what it returns."""
+        results: list[Any] | None = None
+        while True:
+            try:
+                requests = steps.send(results)  # type: ignore[arg-type]
+            except StopIteration as end:
+                return end.value
+            reducers = [reducer_for(request) for request in requests]
+            while active := [reducer for reducer in reducers if not reducer.done]:
+                self._survey_pass(active)
+            results = [reducer.result for reducer in reducers]
+
+    def _survey_pass(self, active: Sequence[Reducer]) -> None:
+        """One pass over every call of the reducers; calls on the same operand share its tiles."""
+        groups: dict[int, list[tuple[Reducer, Call]]] = {}
+        for reducer in active:
+            for call in reducer.calls:
+                groups.setdefault(id(call.operands()[0]), []).append((reducer, call))
+        lives = [self._survey_group(pairs) for pairs in groups.values()]
+        while any(live.pending for live in lives):
+            self._collect()
+        for reducer in active:
+            reducer.absorb(_partials_of(reducer, lives, list(groups.values())))
+
+    def _survey_group(self, pairs: list[tuple[Reducer, Call]]) -> _Live:
+        job = Job("", "F32", pairs[0][1].count, (), lambda: pairs[0][1])
+        live = _Live(job, tiles_of(job.count, self._buffers), 0)
+        self._submit(live, _pass_over(pairs), lambda: None)
+        return live
+
+
+def _pass_over(pairs: Sequence[tuple[Reducer, Call]]) -> Task:
+    """The partial results of one tile, in the order of ``pairs``."""
+    return lambda tile: [reducer.tile(call, tile) for reducer, call in pairs]
+
+
+def _partials_of(reducer: Reducer, lives: list[_Live], groups: list[list[tuple[Reducer, Call]]]) -> Partials:
+    """Everything one reducer got in a pass, tensor by tensor and tile by tile."""
+    found = []
+    for live, pairs in zip(lives, groups, strict=True):
+        for position, (owner, _) in enumerate(pairs):
+            if owner is reducer:
+                found += [(index, parts[position]) for index, parts in sorted(live.partials.items())]
+    return found
+
+
+def usable_cores() -> int:
+    """The number of processors that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+__all__ = ["TILE", "Executor", "Job", "Sink", "usable_cores"]

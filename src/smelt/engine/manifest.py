@@ -1,0 +1,52 @@
+"""smelt-manifest.json: what a merge was made of, and the SHA-256 of everything it published.
+
+Enough to verify the artefact byte by byte, and to repeat the run. Nothing in it depends on the machine or
+the time: the same run gives the same manifest.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+from .._version import __version__
+
+NAME = "smelt-manifest.json"
+FORMAT = 1
+
+
+def versions() -> dict[str, str]:
+    """What computed the result."""
+    from importlib.metadata import version
+
+    return {
+        "smelt": __version__,
+        "python": platform.python_version(),
+        **{package: version(package) for package in ("numba", "numpy")},
+    }
+
+
+def manifest(
+    *, recipe: str, method: str, variant: str, seed: int, inputs: list[dict[str, Any]],
+    tensors: Mapping[str, Mapping[str, Any]], files: Mapping[str, str], notices: list[str],
+) -> dict[str, Any]:  # fmt: skip
+    """The manifest as plain data. ``tensors``: name -> dtype, shape, file, sha256; ``files``: name -> sha256."""
+    return {
+        "format": FORMAT,
+        "versions": versions(),
+        "recipe": recipe,
+        "method": method,
+        "variant": variant,
+        "seed": seed,
+        "inputs": inputs,
+        "input_digest": "xxh3-128 over tiles of 524288 elements, per tensor, then over 'name digest' lines",
+        "notices": notices,
+        "files": dict(sorted(files.items())),
+        "tensors": {name: dict(tensors[name]) for name in sorted(tensors)},
+    }
+
+
+def dump(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,209 @@
+"""The same methods on dicts of arrays: numpy in, numpy out; torch in, torch out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..checkpoint import Checkpoint, load
+from ..errors import InputRejected, UsageError, show
+from ..kernels.dtypes import DTYPES, NAMES
+from ..kernels.program import Copy, Output
+from ..methods import Method, Model, Tensor, get
+from .device import Policy, mapper_for
+from .execute import Executor, Job, Steps, usable_cores
+from .operands import CheckpointOperand
+from .parameters import check_counts, constant_parameters
+from .types import common_dtype
+
+Arrays = Mapping[str, Any]
+
+
+def merge_tensors(
+    method: str,
+    models: Sequence[Arrays],
+    base: Arrays | None = None,
+    *,
+    parameters: Mapping[str, Any] | None = None,
+    per_model: Mapping[str, Sequence[Any]] | None = None,
+    statistics: Sequence[Mapping[str, Arrays]] | None = None,
+    masks: Sequence[Arrays] | None = None,
+    seed: int = 0,
+    dtype: str | None = None,
+    tied: Mapping[str, str] | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    on_nonfinite: Policy = "error",
+) -> dict[str, Any]:
+    """Merge dicts of arrays by the method called ``method``.
+
+    Parameters
+    ----------
+    models: one dict per model, name -> array; without the base where the method has one.
+    base: the base model's dict, for methods that need one.
+    parameters, per_model: values by name; a per-model parameter takes one value per model, or one for all.
+    statistics: one dict per model, kind -> {tensor name -> array} (Fisher, Gram, ...).
+    masks: one dict per model, tensor name -> array of 0 and 1 (1 = kept), instead of random draws.
+    seed: names the random draws.
+    dtype: of the output ("bfloat16", ...); default: the inputs' common type per tensor.
+    tied: alias -> owner, for names that repeat another tensor: merged (and counted) once.
+    device: "cpu", or a torch device such as "cuda".
+
+    Returns the merged dict, of the kind of array that ``models[0]`` holds.
+
+    Raises UsageError for wrong parameters, InputRejected for tensors that do not fit together,
+    OperationFailed when NaN or Inf is met (``on_nonfinite="warn"`` or ``"allow"`` lets it pass).
+    """
+    chosen = get(method)
+    shared, each = constant_parameters(chosen, parameters or {}, per_model or {}, len(models))
+    UsageError.gather(check_counts(chosen, len(models), base is not None))
+    inputs = _Inputs(chosen, models, base, statistics, masks, tied or {})
+    tensors = [inputs.tensor(name, shared, each, seed) for name in inputs.merged(shared)]
+    sink = _ArraySink()
+    mapper = mapper_for(device, on_nonfinite, _warn)
+    with Executor(sink, mapper, threads=threads or usable_cores(), budget=256 << 20) as executor:
+        tensors = _survey(chosen, tensors, executor)
+        executor.run(inputs.jobs(chosen, tensors, dtype, sink))
+    return inputs.like_the_input(sink.arrays)
+
+
+def _survey(method: Method, tensors: list[Tensor], executor: Executor) -> list[Tensor]:
+    """Give every tensor what the method knows of the whole model."""
+    from dataclasses import replace
+
+    if method.survey is None or not tensors:
+        return tensors
+    known = executor.survey(method.survey(Model(tuple(tensors))))
+    return [replace(tensor, survey=known) for tensor in tensors]
+
+
+def _warn(message: str) -> None:
+    import warnings
+
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+class _ArraySink:
+    """Collects output tensors in memory, as stored."""
+
+    def __init__(self) -> None:
+        self.arrays: dict[str, tuple[str, tuple[int, ...], npt.NDArray[Any]]] = {}
+
+    def expect(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
+        self.arrays[name] = (dtype, shape, np.empty(int(np.prod(shape)), DTYPES[dtype].storage))
+
+    def write(self, name: str, start: int, array: npt.NDArray[Any], release: Callable[[], None]) -> None:
+        self.arrays[name][2][start : start + len(array)] = array
+        release()
+
+    def finish(self, name: str) -> None:
+        pass
+
+
+class _Inputs:
+    """The dicts as checkpoints, and which of their tensors are merged, copied or shared."""
+
+    def __init__(
+        self, method: Method, models: Sequence[Arrays], base: Arrays | None,
+        statistics: Sequence[Mapping[str, Arrays]] | None, masks: Sequence[Arrays] | None, tied: Mapping[str, str],
+    ) -> None:  # fmt: skip
+        self._method = method
+        self._models = [load(model, label=f"model {i}") for i, model in enumerate(models)]
+        self._base = None if base is None else load(base, label="base")
+        self._statistics = [
+            {kind: load(arrays, label=f"{kind} of model {i}") for kind, arrays in kinds.items()}
+            for i, kinds in enumerate(statistics or ())
+        ]
+        self._masks = [load(arrays, label=f"mask of model {i}") for i, arrays in enumerate(masks or ())]
+        self._aliases = {alias: owner for alias, owner in tied.items() if alias != owner}
+        self._everything = [*([self._base] if self._base is not None else []), *self._models]
+        self.names = self._common_names()
+
+    def _common_names(self) -> list[str]:
+        """Names that all inputs have, after checking that they agree on names, shapes and kinds."""
+        names = sorted(set().union(*self._everything))
+        problems = []
+        for name in names:
+            missing = [checkpoint.label for checkpoint in self._everything if name not in checkpoint]
+            shapes = {c.label: c.tensors[name].shape for c in self._everything if name in c}
+            if missing:
+                problems.append(f"tensor {show(name)} is missing in {', '.join(missing)}")
+            elif len(set(shapes.values())) > 1:
+                problems.append(f"tensor {show(name)}: shapes differ: {shapes}")
+        InputRejected.gather(problems)
+        return names
+
+    def merged(self, shared: Mapping[str, Any]) -> list[str]:
+        """The tensors that the method sees: floating, not excluded, not an alias."""
+        patterns = [re.compile(pattern) for pattern in shared.get("exclude", ())]
+        excluded = {name for name in self.names if any(pattern.match(name) for pattern in patterns)}
+        return [n for n in self.names if n not in excluded and n not in self._aliases and self._floating(n)]
+
+    def _floating(self, name: str) -> bool:
+        return all(DTYPES[checkpoint.tensors[name].dtype].arithmetic for checkpoint in self._everything)
+
+    def tensor(self, name: str, shared: Mapping[str, Any], each: Mapping[str, Any], seed: int) -> Tensor:
+        masks = tuple(CheckpointOperand(mask, name) for mask in self._masks if name in mask)
+        return Tensor(
+            name=name,
+            base=None if self._base is None else CheckpointOperand(self._base, name),
+            models=tuple(CheckpointOperand(model, name) for model in self._models),
+            shared=shared,
+            each=each,
+            seed=seed,
+            statistics=self._statistics_of(name),
+            masks=masks or None,
+        )
+
+    def _statistics_of(self, name: str) -> dict[str, tuple[CheckpointOperand, ...]]:
+        kinds = {kind for given in self._statistics for kind in given}
+        found = {
+            kind: tuple(CheckpointOperand(s[kind], name) for s in self._statistics if kind in s and name in s[kind])
+            for kind in sorted(kinds)
+        }
+        return {kind: operands for kind, operands in found.items() if operands}
+
+    def jobs(self, method: Method, tensors: list[Tensor], dtype: str | None, sink: _ArraySink) -> list[Job]:
+        """One job per output tensor: merged by the method, or copied."""
+        jobs = []
+        merged = {tensor.name: tensor for tensor in tensors}
+        for name in self.names:
+            if name in self._aliases:
+                continue
+            sources = [CheckpointOperand(checkpoint, name) for checkpoint in self._everything]
+            code = _output_dtype([source.dtype for source in sources], dtype)
+            sink.expect(name, code, sources[0].shape)
+            jobs.append(Job(name, code, sources[0].count, sources, self._begin(name, merged.get(name), method)))
+        return jobs
+
+    def _begin(self, name: str, tensor: Tensor | None, method: Method) -> Callable[[], Steps | Output]:
+        if tensor is not None:
+            return lambda: method.merge(tensor)
+        if not self._floating(name) or method.keeps_excluded == "base" or len(self._models) > 1:
+            return lambda: Copy(CheckpointOperand(self._everything[0], name))
+        return lambda: Copy(CheckpointOperand(self._models[0], name))
+
+    def like_the_input(self, arrays: Mapping[str, tuple[str, tuple[int, ...], npt.NDArray[Any]]]) -> dict[str, Any]:
+        """The stored arrays as values, of the caller's kind, aliases included."""
+        kind = getattr(self._models[0] if self._models else self._base, "kind", "numpy")
+        values = {name: _as_kind(kind, *stored) for name, stored in arrays.items()}
+        values.update({alias: values[owner] for alias, owner in self._aliases.items()})
+        return dict(sorted(values.items()))
+
+
+def _as_kind(kind: str, dtype: str, shape: tuple[int, ...], stored: npt.NDArray[Any]) -> Any:
+    if kind == "torch":
+        import torch
+
+        return torch.from_numpy(stored).view(getattr(torch, DTYPES[dtype].value_type)).reshape(shape)
+    return DTYPES[dtype].as_values(stored).reshape(shape)
+
+
+def _output_dtype(codes: list[str], wanted: str | None) -> str:
+    if not DTYPES[codes[0]].arithmetic:
+        return codes[0]
+    return common_dtype(codes) if wanted is None else NAMES[wanted]

@@ -1,0 +1,186 @@
+"""Statistics over tiles: partial results in any order, one exact result.
+
+Each reducer answers one request of a method. A pass hands it every tile of every call; what it returns per
+tile is combined when the pass is complete. A reducer that is not ``done`` then asks for another pass.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import OperationFailed
+from ..kernels.arrays import apply
+from ..kernels.compile import precision_of
+from ..kernels.launch import run_count, run_equal, run_magnitudes, run_sums
+from ..kernels.order import RankSearch, bits_of
+from ..kernels.program import Call, Cut, Draw, Gram, Mask, Rank, Request, Step, Totals
+from .tiles import TILE, Tile
+
+#: What one pass yields: (index of the tile in its tensor, partial result), in order.
+Partials = Sequence[tuple[int, Any]]
+
+
+class Reducer(Protocol):
+    """One request being answered."""
+
+    calls: tuple[Call, ...]
+    done: bool
+    result: Any
+
+    def tile(self, call: Call, tile: Tile) -> Any:
+        """The partial result of one tile (runs on any thread)."""
+
+    def absorb(self, partials: Partials) -> None:
+        """Combine one pass."""
+
+
+def reducer_for(request: Request) -> Reducer:
+    if isinstance(request, Rank):
+        return RankReducer(request)
+    if isinstance(request, Cut):
+        return CutReducer(request)
+    return SumReducer(request)
+
+
+#: Elements of a sample that sets the first window of a rank search.
+_SAMPLE = 1 << 16
+
+
+class RankReducer:
+    """Exact k-th smallest magnitude: a sampling pass, then counting passes (:mod:`smelt.kernels.order`)."""
+
+    def __init__(self, request: Rank) -> None:
+        self.calls = request.calls
+        self.done = False
+        self.result = 0.0
+        self._population = sum(call.count for call in self.calls)
+        self._run = max(64, min(TILE, _SAMPLE * TILE // self._population))
+        self._sampled = False
+        self._search = RankSearch(request.rank, _bits(self.calls[0]))
+        self._counts: dict[int, npt.NDArray[np.uint32]] = {}
+        self._lock = threading.Lock()
+
+    def tile(self, call: Call, tile: Tile) -> Any:
+        if not self._sampled:
+            count = min(self._run, tile.count)
+            return run_magnitudes(call, tile.window(count), tile.start, count)
+        search = self._search
+        below, nan = run_count(call, tile, tile.start, tile.count, search.low, search.width, self._counters())
+        if nan:
+            raise OperationFailed("NaN found while ranking magnitudes")
+        return below
+
+    def _counters(self) -> npt.NDArray[np.uint32]:
+        """This thread's own counters: counts may be added up in any order."""
+        thread = threading.get_ident()
+        if thread not in self._counts:
+            counts = np.zeros(self._search.bins, np.uint32)
+            with self._lock:
+                self._counts[thread] = counts
+        return self._counts[thread]
+
+    def absorb(self, partials: Partials) -> None:
+        if not self._sampled:
+            self._start(np.concatenate([bits for _, bits in partials]))
+            return
+        counts = np.add.reduce([part.astype(np.int64) for part in self._counts.values()])
+        self._counts.clear()
+        self.done = self._search.absorb(sum(below for _, below in partials), counts)
+        self.result = self._search.value
+
+    def _start(self, sample: npt.NDArray[np.uint64]) -> None:
+        """A sample that is the whole answers at once; any other sets the first window."""
+        self._sampled = True
+        if len(sample) < self._population:
+            self._search.guess(sample, self._population)
+            return
+        rank = self._search.rank - 1
+        self._search.low = int(np.partition(sample, rank)[rank])
+        self.result, self.done = self._search.value, True
+        if math.isnan(self.result):
+            raise OperationFailed("NaN found while ranking magnitudes")
+
+
+def _bits(call: Call) -> int:
+    return 63 if precision_of(call) == "float64" else 31
+
+
+class SumReducer:
+    """Totals and Gram matrices: fp64 block sums, added exactly."""
+
+    def __init__(self, request: Totals | Gram) -> None:
+        self.calls = request.calls
+        self.done = False
+        self.result: Any = None
+        self._products = isinstance(request, Gram)
+        self._width = _width_of(self.calls[0])
+
+    def tile(self, call: Call, tile: Tile) -> Any:
+        return run_sums(call, tile, tile.start, tile.count, self._width, self._products)
+
+    def absorb(self, partials: Partials) -> None:
+        blocks = np.concatenate([part for _, part in partials])
+        sums = [math.fsum(column) for column in blocks.T.tolist()]
+        self.result = _symmetric(sums, self._width) if self._products else sums
+        self.done = True
+
+
+def _symmetric(upper: list[float], width: int) -> list[list[float]]:
+    """The whole matrix from its upper triangle, row by row."""
+    matrix = np.zeros((width, width))
+    rows, columns = np.triu_indices(width)
+    matrix[rows, columns] = matrix[columns, rows] = upper
+    return matrix.tolist()  # type: ignore[no-any-return]
+
+
+def _width_of(call: Call) -> int:
+    """How many numbers the formula returns: try it on one element."""
+    one = np.ones(1, precision_of(call))
+    return len(apply(call.formula, {name: _stand_in(value, one) for name, value in call.arguments.items()}))
+
+
+def _stand_in(value: Any, one: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_stand_in(item, one) for item in value)
+    if isinstance(value, bool | Draw | Mask):
+        return True
+    return 1.0 if isinstance(value, int | float | Step) else one
+
+
+class CutReducer:
+    """Count what is above and equal, then find the element at which enough equal ones have passed."""
+
+    def __init__(self, request: Cut) -> None:
+        self.calls = request.calls
+        self.done = False
+        self.result = request.calls[0].count
+        self._keep = request.keep
+        self._wanted = bits_of(request.magnitude, _bits(request.calls[0]))
+        self._tile, self._nth = -1, 0
+
+    def tile(self, call: Call, tile: Tile) -> Any:
+        if self._tile < 0:
+            return run_equal(call, tile, tile.start, tile.count, self._wanted)
+        if tile.start != self._tile * TILE:
+            return None
+        equal = np.flatnonzero(run_magnitudes(call, tile, tile.start, tile.count) == self._wanted)
+        return tile.start + int(equal[self._nth - 1]) + 1
+
+    def absorb(self, partials: Partials) -> None:
+        if self._tile >= 0:
+            self.result = next(part for _, part in partials if part is not None)
+            self.done = True
+            return
+        quota = self._keep - sum(above for _, (above, _) in partials)
+        self.done = quota >= sum(equal for _, (_, equal) in partials)
+        for index, (_, equal) in partials:
+            if quota <= equal:
+                self._tile, self._nth = index, quota
+                return
+            quota -= equal

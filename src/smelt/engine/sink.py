@@ -1,0 +1,71 @@
+"""The output on disk: tiles written in place as they come, hashed in order.
+
+Tiles of a tensor finish in any order, SHA-256 wants them in sequence: a tile that comes early waits in
+memory until its turn. Tiles are started in order, so few ever wait.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy.typing as npt
+
+from ..checkpoint import CheckpointWriter
+
+_Waiting = dict[int, tuple[npt.NDArray[Any], Callable[[], None]]]
+
+
+class OrderedDigest:
+    """SHA-256 of a tensor whose tiles arrive in any order. One thread hashes at a time, none waits."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        self._next = 0
+        self._waiting: _Waiting = {}
+        self._busy = False
+        self._lock = threading.Lock()
+
+    def add(self, start: int, array: npt.NDArray[Any], release: Callable[[], None]) -> None:
+        with self._lock:
+            self._waiting[start] = (array, release)
+            if self._busy:
+                return
+            self._busy = True
+        self._drain()
+
+    def _drain(self) -> None:
+        while True:
+            with self._lock:
+                item = self._waiting.pop(self._next, None)
+                if item is None:
+                    self._busy = False
+                    return
+            array, release = item
+            self._hash.update(array.data)
+            self._next += len(array)
+            release()
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+
+
+class DiskSink:
+    """Writes tiles through a CheckpointWriter and keeps the SHA-256 of every tensor."""
+
+    def __init__(self, writer: CheckpointWriter, names: list[str]) -> None:
+        self._writer = writer
+        self._digests = {name: OrderedDigest() for name in names}
+
+    def write(self, name: str, start: int, array: npt.NDArray[Any], release: Callable[[], None]) -> None:
+        self._writer.write(name, start, array)
+        self._digests[name].add(start, array, release)
+
+    def finish(self, name: str) -> None:
+        pass
+
+    def sha256(self) -> dict[str, str]:
+        """Tensor name -> SHA-256 of its bytes, once all are written."""
+        return {name: digest.hexdigest() for name, digest in sorted(self._digests.items())}

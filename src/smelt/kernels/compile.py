@@ -1,0 +1,253 @@
+"""Compile a formula into one fused loop: load, compute, round, store.
+
+For each (template, formula, operand dtypes) a small module is generated, written once to the cache folder
+and imported; Numba's own disk cache then spares the next process the compilation. The module's name is a
+hash of everything that decides its machine code: the formula's text and that of all it calls, the
+template, the scalar building blocks and the versions. A kernel that closed over a formula would never hit
+the cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from .. import storage
+from .program import Call, Draw, Mask, Step
+from .source import Formula, source_of
+
+Kernel = Callable[..., Any]
+Kinds = tuple[tuple[str, Any], ...]
+
+def kernel_for(template: str, call: Call, out: str = "") -> Kernel:
+    """The compiled kernel for ``call``; ``template`` is a key of TEMPLATES, ``out`` the stored dtype."""
+    kernel = call.kernels.get((template, out))
+    if kernel is None:
+        kernel = _kernel(template, call.formula, kinds_of(call), precision_of(call), out)
+        call.kernels[template, out] = kernel
+    return kernel  # type: ignore[no-any-return]
+
+
+def precision_of(call: Call) -> str:
+    """float64 when an operand is, else float32."""
+    return "float64" if any(operand.dtype == "F64" for operand in call.operands()) else "float32"
+
+
+def kinds_of(call: Call) -> Kinds:
+    """What each argument is, as far as generated code depends on it."""
+    return tuple((name, _kind(value)) for name, value in call.arguments.items())
+
+
+def _kind(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_kind(item) for item in value)
+    if isinstance(value, bool):
+        return str(value)
+    if isinstance(value, int | float | Step):
+        return "value"
+    if isinstance(value, Draw):
+        return "draw"
+    return "mask" if isinstance(value, Mask) else value.dtype
+
+
+@cache
+def _kernel(template: str, formula: Formula, kinds: Kinds, precision: str, out: str) -> Kernel:
+    text = _module_text(template, formula, kinds, precision, out)
+    return _load(text).run  # type: ignore[no-any-return]
+
+
+class _Arguments:
+    """The generated code of a kernel's arguments: parameters, loads, and the formula's call."""
+
+    def __init__(self, kinds: Kinds) -> None:
+        self.parameters: list[str] = []
+        self.arrays: list[str] = []
+        self.draws: list[int] = []
+        self.loads: list[str] = []
+        self.checks: list[str] = []
+        self.formula = ", ".join(f"{name}={self._expression(kind)}" for name, kind in kinds)
+
+    def _expression(self, kind: Any) -> str:
+        if isinstance(kind, tuple) and set(kind) == {"value"}:
+            return self._parameter("v")
+        if isinstance(kind, tuple):
+            return "(" + "".join(self._scalar(item) + ", " for item in kind) + ")"
+        return self._scalar(kind)
+
+    def _scalar(self, kind: str) -> str:
+        n = len(self.parameters)
+        if kind in ("True", "False"):
+            return kind
+        if kind == "value":
+            return self._parameter("v")
+        if kind == "draw":
+            self.draws.append(n)
+            return f"(w{n}[i] >= {self._parameter('k')}[2])"
+        self.arrays.append(self._parameter("a"))
+        if kind == "mask":
+            return f"(a{n}[i] != 0)"
+        self.loads.append(f"x{n} = PRECISION(load_{kind}(a{n}[i]))")
+        self.checks.append(f"nonfinite_{kind}(a{n}[i])")
+        return f"x{n}"
+
+    def _parameter(self, letter: str) -> str:
+        self.parameters.append(f"{letter}{len(self.parameters)}")
+        return self.parameters[-1]
+
+
+def _loop(arguments: _Arguments, body: list[str], out: str = "") -> list[str]:
+    """The loop over ``count`` elements; with draws, over blocks of 1024 filled with random words first.
+
+    Counting from 0 over whole arrays lets LLVM see that no index is negative; that is what vectorises. So a
+    block works on slices. ``out`` tells how to slice the output: "out[low:high]", or nothing.
+    """
+    element = [*arguments.loads, *body]
+    if not arguments.draws:
+        return ["for i in range(count):", *_deeper(element)]
+    blocks = [f"philox_block(k{n}[0], k{n}[1], block, words{n})" for n in arguments.draws]
+    blocks += ["shift = (block << 10) - start", "low, high = max(shift, 0), min(shift + 1024, total)"]
+    blocks += [f"w{n} = words{n}[low - shift : high - shift]" for n in arguments.draws]
+    blocks += [f"{name} = all_{name}[low:high]" for name in arguments.arrays]
+    blocks += [f"out = all_{out}"] if out else []
+    blocks += ["for i in range(high - low):", *_deeper(element)]
+    return [
+        *(f"all_{name} = {name}" for name in [*arguments.arrays, *(["out"] if out else [])]),
+        *(f"words{n} = np.empty(1024, np.uint32)" for n in arguments.draws),
+        "total = count",
+        "for block in range(start >> 10, (start + total + 1023) >> 10):",
+        *_deeper(blocks),
+    ]
+
+
+def _deeper(lines: list[str]) -> list[str]:
+    return ["    " + line for line in lines]
+
+
+def _function(parameters: list[str], lines: list[str]) -> str:
+    return "\n".join([f"def run({', '.join(parameters)}):", *_deeper(lines)]) + "\n"
+
+
+def _map(arguments: _Arguments, out: str) -> str:
+    """Write the formula's value; report non-finite inputs (1) and outputs (2)."""
+    body = [f"y = store_{out}(formula({arguments.formula}))", "out[i] = y"]
+    body += [f"bad_in |= {check}" for check in arguments.checks] + [f"bad_out |= nonfinite_{out}(y)"]
+    lines = ["count, bad_in, bad_out = out.shape[0], False, False", *_loop(arguments, body, "out[low:high]")]
+    lines += ["return (1 if bad_in else 0) + (2 if bad_out else 0)"]
+    return _function(["start", "out", *arguments.parameters], lines)
+
+
+def _count(arguments: _Arguments, out: str) -> str:
+    """Histogram of |value| as bits: what lies below ``low``, and bins of 2^width bits from there.
+
+    The only branch is the rare one: below ``low`` the difference wraps round to a huge number.
+    """
+    body = [
+        f"u = magnitude_PRECISION(PRECISION(formula({arguments.formula})))",
+        "nan |= u > NAN_ABOVE",
+        "below += u < low",
+        "b = (u - low) >> width",
+        "if b < bins:",
+        "    histogram[b] += 1",
+    ]
+    lines = ["below, nan, bins = 0, False, np.uint64(histogram.shape[0])", *_loop(arguments, body)]
+    parameters = ["start", "count", "low", "width", "histogram", *arguments.parameters]
+    return _function(parameters, [*lines, "return below, nan"])
+
+
+def _sample(arguments: _Arguments, out: str) -> str:
+    """|value| as bits, element by element."""
+    body = [f"out[i] = magnitude_PRECISION(PRECISION(formula({arguments.formula})))"]
+    loop = _loop(arguments, body, "out[low:high]")
+    return _function(["start", "out", *arguments.parameters], ["count = out.shape[0]", *loop])
+
+
+def _equal(arguments: _Arguments, out: str) -> str:
+    """How many |value| lie above the bits ``wanted``, and how many have exactly these."""
+    body = [f"u = magnitude_PRECISION(PRECISION(formula({arguments.formula})))"]
+    body += ["above += u > wanted", "equal += u == wanted"]
+    lines = ["above, equal = 0, 0", *_loop(arguments, body), "return above, equal"]
+    return _function(["start", "count", "wanted", *arguments.parameters], lines)
+
+
+def _values(arguments: _Arguments, out: str) -> str:
+    """The numbers that the formula returns, each in a row of its own."""
+    body = [f"y = formula({arguments.formula})", *(f"out[{k}, i] = y[{k}]" for k in range(int(out)))]
+    loop = _loop(arguments, body, "out[:, low:high]")
+    return _function(["start", "out", *arguments.parameters], ["count = out.shape[1]", *loop])
+
+
+TEMPLATES: dict[str, Callable[[_Arguments, str], str]] = {
+    "map": _map,
+    "count": _count,
+    "sample": _sample,
+    "equal": _equal,
+    "values": _values,
+}
+
+
+def _module_text(template: str, formula: Formula, kinds: Kinds, precision: str, out: str) -> str:
+    """The whole generated module, every function jitted, every constant pinned."""
+    source = source_of(formula)
+    nan_above = "0x7F800000" if precision == "float32" else "0x7FF0000000000000"
+    constants = [f"{name} = np.{precision}({value!r})" for name, value in sorted(source.constants.items())]
+    arguments = _Arguments(kinds)
+    kernel = TEMPLATES[template](arguments, out).replace("PRECISION", precision)
+    parts = [
+        "import numpy as np\nfrom numba import njit\nfrom numpy import float32, float64",
+        "from smelt.kernels.scalars import *\nfrom smelt.kernels.scalars import _FAST",
+        "\n".join([*constants, f"NAN_ABOVE = np.uint64({nan_above})"]),
+        _jitted(source.text),
+        f"formula = {source.name}",
+        "@njit(cache=True, **_FAST)\n" + kernel,
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _jitted(text: str) -> str:
+    return text.replace("\ndef ", "\n@njit(**_FAST)\ndef ") if text.startswith("\n") else _jitted("\n" + text)
+
+
+def _load(text: str) -> Any:
+    """Import the generated module, from the cache folder when it can be written."""
+    name = "smelt_kernel_" + hashlib.sha256((text + _environment()).encode()).hexdigest()[:32]
+    if name not in sys.modules:
+        path = _cache_folder() / f"{name}.py"
+        storage.write_atomically(path, text.encode())
+        specification = importlib.util.spec_from_file_location(name, path)
+        assert specification is not None and specification.loader is not None
+        module = importlib.util.module_from_spec(specification)
+        specification.loader.exec_module(module)
+        sys.modules[name] = module
+    return sys.modules[name]
+
+
+@cache
+def _environment() -> str:
+    """What else decides the machine code: the scalar building blocks and the compiler's version."""
+    import numba
+
+    from . import scalars
+
+    scalars_text = storage.read_small(Path(scalars.__file__), 1 << 20)
+    return hashlib.sha256(scalars_text).hexdigest() + numba.__version__
+
+
+@cache
+def _cache_folder() -> Path:
+    """$SMELT_CACHE, else the user's cache folder, else a private temporary one."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = Path(os.environ.get("SMELT_CACHE") or os.path.join(home, "smelt")) / "kernels"
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        if os.access(folder, os.W_OK) and folder.stat().st_uid == os.getuid():
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="smelt-kernels-"))

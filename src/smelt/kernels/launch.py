@@ -1,0 +1,133 @@
+"""Run a compiled kernel on one tile: bind the tile's arrays and constants to the generated parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .compile import kernel_for, precision_of
+from .dtypes import DTYPES
+from .program import Call, Draw, Mask, Operand, Step
+
+#: Gives the part of an operand that the tile covers, as stored.
+Arrays = Callable[[Operand], npt.NDArray[Any]]
+
+_STRIP = 8192  # elements: rows of this length stay in the fastest cache
+
+BAD_INPUT, BAD_OUTPUT = 1, 2
+
+
+def run_map(call: Call, dtype: str, arrays: Arrays, start: int, out: npt.NDArray[Any]) -> int:
+    """Compute elements start .. start + len(out) into ``out``, stored as ``dtype``.
+
+    Returns BAD_INPUT | BAD_OUTPUT flags for non-finite values seen.
+    """
+    kernel = kernel_for("map", call, dtype)
+    flags = 0
+    for first, last in pieces(call, start, len(out)):
+        flags |= kernel(start + first, out[first:last], *_bind(call, arrays, start, first, last))
+    return flags
+
+
+def run_count(
+    call: Call, arrays: Arrays, start: int, count: int, low: int, width: int, counts: npt.NDArray[Any]
+) -> tuple[int, bool]:
+    """Add the magnitudes of one tile to ``counts``; returns (how many lie below ``low``, NaN seen)."""
+    kernel = kernel_for("count", call)
+    below, nan = 0, False
+    for first, last in pieces(call, start, count):
+        bound = _bind(call, arrays, start, first, last)
+        more, bad = kernel(start + first, last - first, np.uint64(low), np.uint64(width), counts, *bound)
+        below, nan = below + more, nan or bad
+    return below, nan
+
+
+def run_equal(call: Call, arrays: Arrays, start: int, count: int, wanted: int) -> tuple[int, int]:
+    """How many magnitudes of the tile lie above the bits ``wanted``, and how many have exactly these."""
+    kernel = kernel_for("equal", call)
+    counts = [
+        kernel(start + first, last - first, np.uint64(wanted), *_bind(call, arrays, start, first, last))
+        for first, last in pieces(call, start, count)
+    ]
+    return sum(above for above, _ in counts), sum(equal for _, equal in counts)
+
+
+def run_magnitudes(call: Call, arrays: Arrays, start: int, count: int) -> npt.NDArray[np.uint64]:
+    """The bits of |value| for each element of the tile."""
+    kernel = kernel_for("sample", call)
+    out = np.empty(count, np.uint64)
+    for first, last in pieces(call, start, count):
+        kernel(start + first, out[first:last], *_bind(call, arrays, start, first, last))
+    return out
+
+
+def run_sums(
+    call: Call, arrays: Arrays, start: int, count: int, width: int, products: bool
+) -> npt.NDArray[np.float64]:
+    """Block sums of the ``width`` numbers that the formula returns, or of their pairwise products."""
+    from . import sums
+
+    partials = []
+    for first in range(0, count, _STRIP):
+        rows = _rows(call, arrays, start, first, min(first + _STRIP, count), width)
+        partials.append(sums.partial_sums(rows, products))
+    return np.concatenate(partials)
+
+
+def _rows(call: Call, arrays: Arrays, start: int, first: int, last: int, width: int) -> npt.NDArray[Any]:
+    """The numbers that the formula returns for elements first .. last of the tile: (width, n)."""
+    kernel = kernel_for("values", call, str(width))
+    parts = []
+    for a, b in pieces(call, start + first, last - first):
+        rows = np.empty((width, b - a), precision_of(call))
+        kernel(start + first + a, rows, *_bind(call, arrays, start, first + a, first + b))
+        parts.append(rows)
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+
+def pieces(call: Call, start: int, count: int) -> Iterator[tuple[int, int]]:
+    """Split a tile where a Step changes its value, so that inside a piece every value is constant."""
+    cuts = {item.cut - start for item in call.items() if isinstance(item, Step)}
+    edges = [0, *sorted(cut for cut in cuts if 0 < cut < count), count]
+    yield from zip(edges[:-1], edges[1:], strict=True)
+
+
+def _bind(call: Call, arrays: Arrays, start: int, first: int, last: int) -> list[Any]:
+    """The generated parameters, in order, for elements first .. last of the tile."""
+    precision = np.dtype(precision_of(call)).type
+    bound: list[Any] = []
+    for value in call.arguments.values():
+        if isinstance(value, tuple) and _is_value(value[0]):
+            bound.append(tuple(precision(_at(item, start + first)) for item in value))
+            continue
+        for item in value if isinstance(value, tuple) else (value,):
+            bound.extend(_bind_one(item, arrays, start, first, last, precision))
+    return bound
+
+
+def _bind_one(item: Any, arrays: Arrays, start: int, first: int, last: int, precision: Any) -> list[Any]:
+    if isinstance(item, bool):
+        return []
+    if _is_value(item):
+        return [precision(_at(item, start + first))]
+    if isinstance(item, Draw):
+        return [(np.uint32(item.key[0]), np.uint32(item.key[1]), np.uint32(item.threshold))]
+    return [arrays(item.operand if isinstance(item, Mask) else item)[first:last]]
+
+
+def _is_value(item: Any) -> bool:
+    return isinstance(item, int | float | Step) and not isinstance(item, bool)
+
+
+def _at(item: Any, position: int) -> float:
+    if isinstance(item, Step):
+        return item.before if position < item.cut else item.after
+    return float(item)
+
+
+def storage_type(dtype: str) -> type[np.generic]:
+    """The numpy type in which elements of ``dtype`` travel."""
+    return DTYPES[dtype].storage

@@ -1,0 +1,163 @@
+"""What a method asks for: a formula on operands, and the statistics it needs first.
+
+A method is a coroutine over one tensor. It yields requests (:class:`Rank`, :class:`Totals`, :class:`Gram`,
+:class:`Cut`), receives their results, and returns the :class:`Call` that makes the output, or a
+:class:`Whole` where the output needs whole matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy.typing as npt
+
+from .random import threshold_of
+from .source import Formula
+
+
+class Operand(Protocol):
+    """One tensor of one checkpoint, read in runs of elements."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def count(self) -> int: ...
+    def read(self, start: int, out: npt.NDArray[Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Keep each element independently with probability ``density``; the stream is named by ``key``."""
+
+    key: tuple[int, int]
+    density: float
+
+    @property
+    def threshold(self) -> int:
+        return threshold_of(self.density)
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """A draw handed in: an operand of dtype U8 or BOOL, non-zero where the element is kept."""
+
+    operand: Operand
+
+
+@dataclass(frozen=True)
+class Step:
+    """A value that changes once along the tensor: ``before`` up to element ``cut``, ``after`` from there."""
+
+    before: float
+    after: float
+    cut: int
+
+
+Argument = Any  # Operand | Draw | Mask | float | Step, or a tuple of one of these
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """``formula`` applied to every element of one tensor.
+
+    An Operand argument reaches the formula as one number, a Draw or Mask as a truth value, a float or Step
+    as a constant of the computing precision, a bool as itself; tuples of these as tuples.
+    """
+
+    formula: Formula
+    arguments: Mapping[str, Argument]
+    kernels: dict[tuple[str, str], Any] = field(default_factory=dict, repr=False)  # found once per call
+
+    def items(self) -> Iterator[Any]:
+        """All arguments, tuples unpacked, in order."""
+        for value in self.arguments.values():
+            yield from value if isinstance(value, tuple) else (value,)
+
+    def operands(self) -> list[Operand]:
+        """The distinct operands, in order of first use."""
+        found: dict[int, Operand] = {}
+        for item in self.items():
+            operand = item.operand if isinstance(item, Mask) else item
+            if not isinstance(operand, int | float | Draw | Step):
+                found.setdefault(id(operand), operand)
+        return list(found.values())
+
+    @property
+    def count(self) -> int:
+        return self.operands()[0].count
+
+
+def call(formula: Formula, **arguments: Argument) -> Call:
+    """Shorthand: ``call(ties, base=..., models=(...), weights=(0.5, 0.5))``."""
+    return Call(formula, arguments)
+
+
+@dataclass(frozen=True, eq=False)
+class Rank:
+    """The ``rank``-th smallest |value| (1-based) over all ``calls`` together, exactly. Result: float."""
+
+    calls: tuple[Call, ...]
+    rank: int
+
+
+@dataclass(frozen=True, eq=False)
+class Totals:
+    """The sum of each number that the formula returns, in fp64, over all ``calls``. Result: list[float]."""
+
+    calls: tuple[Call, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Gram:
+    """All pairwise products of the numbers that the formula returns, summed in fp64.
+
+    Result: a symmetric list of rows.
+    """
+
+    calls: tuple[Call, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """The element before which values equal to ``magnitude`` count as kept, so that ``keep`` are kept in all.
+
+    Kept are all |value| above ``magnitude`` and, lowest index first, as many equal ones as are still wanted.
+    Result: int; the number of elements when every equal one is wanted.
+    """
+
+    calls: tuple[Call]
+    magnitude: float
+    keep: int
+
+
+Request = Rank | Totals | Gram | Cut
+
+
+@dataclass(frozen=True, eq=False)
+class Copy:
+    """The output is this operand: its bytes where the dtype stays, else each value rounded once."""
+
+    operand: Operand
+
+
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """A matrix function: whole operands in, the whole output tensor out.
+
+    ``function(**arguments)`` receives each Operand as a numpy array of the computing precision (float32, or
+    float64 where an input is), Masks and Draws as boolean arrays.
+    """
+
+    function: Callable[..., Any]
+    arguments: Mapping[str, Argument] = field(default_factory=dict)
+
+    @property
+    def call(self) -> Call:
+        return Call(self.function, self.arguments)
+
+
+Output = Call | Copy | Whole

@@ -1,0 +1,172 @@
+"""The catalogue of merge methods: what each is called, takes, needs and comes from.
+
+A method is one file beside this one that ends in a :class:`Method` record. The command line, the docs and
+the checks of a recipe are all made from these records.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+from ..errors import UsageError
+from ..kernels.program import Output, Request
+from .tensors import Model, Tensor
+
+#: Stands for "there is no default": the user must give the value.
+REQUIRED: Any = type("Required", (), {"__repr__": lambda self: "required"})()
+
+Kind = Literal["float", "int", "bool", "str", "strings"]
+Steps = Generator[tuple[Request, ...], list[Any], Any]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One knob of a method. ``per_model`` parameters take one value per model (the base excepted).
+
+    ``low`` and ``high`` bound a number, inclusive unless ``open_low``; ``choices`` bound a word.
+    ``mergekit`` tells whether mergekit's method has it too, ``defaults`` where a variant's default differs.
+    """
+
+    name: str
+    kind: Kind
+    default: Any
+    help: str
+    per_model: bool = False
+    low: float | None = None
+    high: float | None = None
+    open_low: bool = False
+    choices: tuple[str, ...] = ()
+    mergekit: bool = True
+    defaults: tuple[tuple[str, Any], ...] = ()
+
+    def default_for(self, variant: str) -> Any:
+        return dict(self.defaults).get(variant, self.default)
+
+    def problem_with(self, value: Any) -> str | None:
+        """What is wrong with ``value``, or None."""
+        expected = {"float": (int, float), "int": (int,), "bool": (bool,), "str": (str,), "strings": (tuple,)}
+        if not isinstance(value, expected[self.kind]) or (self.kind != "bool" and isinstance(value, bool)):
+            return f"{self.name} must be a {self.kind}, not {value!r}"
+        if self.choices and value not in self.choices:
+            return f"{self.name} must be one of {', '.join(self.choices)}, not {value!r}"
+        if self.kind in ("float", "int"):
+            return self._out_of_range(value)
+        return None
+
+    def _out_of_range(self, value: float) -> str | None:
+        below = self.low is not None and (value < self.low or (self.open_low and value == self.low))
+        if below or (self.high is not None and value > self.high):
+            return f"{self.name} must lie in {self.range}, not {value!r}"
+        return None if value == value and abs(value) != float("inf") else f"{self.name} must be finite"
+
+    @property
+    def range(self) -> str:
+        """The interval in the usual notation, or an empty text."""
+        if self.low is None and self.high is None:
+            return "|".join(self.choices)
+        left = "(-inf" if self.low is None else f"{'(' if self.open_low else '['}{self.low:g}"
+        return left + ", " + ("inf)" if self.high is None else f"{self.high:g}]")
+
+
+@dataclass(frozen=True)
+class Citation:
+    """Where a method was published."""
+
+    title: str
+    authors: str
+    venue: str
+    url: str
+
+    def __str__(self) -> str:
+        return f"{self.authors}. {self.title}. {self.venue}. {self.url}"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One published way to combine tensors.
+
+    ``merge`` is a coroutine over one tensor (or a plain function when it needs no statistics): it yields
+    requests, receives their results and returns the call that makes the output. ``survey`` does the same
+    once over the whole model, before any tensor; what it returns reaches ``merge`` as ``tensor.survey``.
+    ``passes`` tells, from the parameters, how often all inputs are read for the survey and how often each
+    tensor is gone through for statistics.
+    """
+
+    name: str
+    title: str
+    summary: str
+    advice: str
+    citation: Citation
+    merge: Callable[[Tensor], Steps | Output]
+    parameters: tuple[Parameter, ...] = ()
+    base: Literal["required", "optional", "ignored"] = "required"
+    min_models: int = 1
+    max_models: int | None = None
+    survey: Callable[[Model], Steps] | None = None
+    passes: Callable[[dict[str, Any]], tuple[int, int]] = lambda parameters: (0, 0)
+    random: bool = False
+    statistics: tuple[str, ...] = ()
+    variants: tuple[str, ...] = ("paper",)
+    keeps_excluded: Literal["base", "model"] = "base"
+
+    def parameter(self, name: str) -> Parameter | None:
+        return next((parameter for parameter in self.parameters if parameter.name == name), None)
+
+    @property
+    def all_parameters(self) -> tuple[Parameter, ...]:
+        """The method's own parameters and, where there is a choice, ``variant``."""
+        if len(self.variants) < 2:
+            return self.parameters
+        return (*self.parameters, variant_parameter(self.variants))
+
+
+def variant_parameter(variants: tuple[str, ...]) -> Parameter:
+    help_text = "whose flavour: the paper's own, or that of another implementation"
+    return Parameter("variant", "str", variants[0], help_text, choices=variants, mergekit=False)
+
+
+def weight(default: Any = REQUIRED, **more: Any) -> Parameter:
+    """The usual per-model factor."""
+    return Parameter("weight", "float", default, "factor of each model", per_model=True, **more)
+
+
+#: Parameters that many methods share, said once.
+LAMBDA = Parameter("lambda", "float", 1.0, "factor of the merged task vector")
+EXCLUDE = Parameter(
+    "exclude", "strings", (), "regular expressions, anchored at the start: such tensors are not merged",
+    mergekit=False,
+)  # fmt: skip
+SCOPE = Parameter(
+    "scope", "str", "model", "whether order statistics span a tensor or the whole model",
+    choices=("model", "tensor"), mergekit=False, defaults=(("mergekit", "tensor"),),
+)  # fmt: skip
+
+
+@cache
+def catalogue() -> dict[str, Method]:
+    """All methods by name, sorted: one file of this package may define several (``METHODS``)."""
+    package = importlib.import_module(__package__)
+    found: dict[str, Method] = {}
+    for module in pkgutil.iter_modules(package.__path__):
+        methods = getattr(importlib.import_module(f"{__package__}.{module.name}"), "METHODS", ())
+        found.update({method.name: method for method in methods})
+    return dict(sorted(found.items()))
+
+
+def get(name: str) -> Method:
+    """The method called ``name``. UsageError with the nearest names when there is none."""
+    methods = catalogue()
+    if name not in methods:
+        from ..recipe import did_you_mean
+
+        raise UsageError(f"unknown merge method {name!r}{did_you_mean(name, methods)}")
+    return methods[name]
+
+
+def names() -> list[str]:
+    return list(catalogue())

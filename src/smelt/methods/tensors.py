@@ -1,0 +1,98 @@
+"""What a method sees of the work: one output tensor with its operands and parameters, or all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..kernels.program import Draw, Mask, Operand
+from ..kernels.random import key_of
+from ..kernels.vocabulary import where
+
+
+@dataclass(frozen=True, eq=False)
+class Tensor:
+    """One output tensor.
+
+    ``models`` are the operands that are merged (without the base where the method has one), in recipe
+    order. ``shared`` holds the values of shared parameters, ``each`` of per-model ones (a tuple each).
+    ``statistics`` maps a kind to one operand per model, ``masks`` are draws handed in (1 = kept).
+    """
+
+    name: str
+    base: Operand | None
+    models: tuple[Operand, ...]
+    shared: Mapping[str, Any]
+    each: Mapping[str, tuple[Any, ...]]
+    seed: int = 0
+    statistics: Mapping[str, tuple[Operand, ...]] = field(default_factory=dict)
+    masks: tuple[Operand, ...] | None = None
+    survey: Any = None
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return self.models[0].count if self.models else self._the_base.count
+
+    @property
+    def _the_base(self) -> Operand:
+        assert self.base is not None
+        return self.base
+
+    def __getitem__(self, parameter: str) -> Any:
+        """The value of a shared parameter."""
+        return self.shared[parameter]
+
+    @property
+    def variant(self) -> str:
+        return str(self.shared.get("variant", "paper"))
+
+    def kept(self, densities: tuple[float, ...]) -> tuple[Mask | Draw | bool, ...]:
+        """One random draw per model: keep with probability ``density``, or the mask handed in."""
+        if self.masks is not None:
+            return tuple(Mask(mask) for mask in self.masks)
+        return tuple(
+            True if density >= 1 else Draw(key_of(self.seed, self.name, index), density)
+            for index, density in enumerate(densities)
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """All tensors that a whole-model statistic spans, sorted by name."""
+
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def count(self) -> int:
+        """Number of elements per model."""
+        return sum(tensor.count for tensor in self.tensors)
+
+    @property
+    def size(self) -> int:
+        """Number of models that are merged."""
+        return len(self.tensors[0].models) if self.tensors else 0
+
+    def __getitem__(self, parameter: str) -> Any:
+        """The value of a shared parameter (the same for every tensor)."""
+        return self.tensors[0].shared[parameter]
+
+    @property
+    def each(self) -> Mapping[str, tuple[Any, ...]]:
+        """The values of per-model parameters (the same for every tensor)."""
+        return self.tensors[0].each
+
+
+def identity(x: Any) -> Any:
+    return x
+
+
+def delta(base: Any, model: Any) -> Any:
+    """The task vector's element: fine-tuned minus base."""
+    return model - base
+
+
+def kept_delta(base: Any, model: Any, keep: Any) -> Any:
+    """The task vector's element where it was drawn, 0 elsewhere."""
+    return where(keep, model - base, 0)
