@@ -5,11 +5,14 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 BUFFER = 8 << 20
 MOST_SCRATCH = 4 << 30
+GIVE_BACK_SECONDS = 3.0
 
 
 def warm(paths: Iterable[Path]) -> None:
@@ -31,16 +34,13 @@ def drop(paths: Iterable[Path]) -> None:
 
 def cached(paths: Iterable[Path]) -> float:
     """The fraction of the pages of these files that is in the page cache, asked of ``mincore``."""
-    held = total = 0
-    for path in paths:
-        pages = residency(path)
-        held += sum(pages)
-        total += len(pages)
-    return held / total if total else 0.0
+    counts = [pages(path) for path in paths]
+    total = sum(every for _, every in counts)
+    return sum(held for held, _ in counts) / total if total else 0.0
 
 
-def residency(path: Path) -> bytes:
-    """One byte per page of a non-empty file: 1 if it is in memory."""
+def pages(path: Path) -> tuple[int, int]:
+    """How many pages of a non-empty file are in memory, and how many it has."""
     libc = ctypes.CDLL(None, use_errno=True)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as view:
         size = len(view)
@@ -51,19 +51,23 @@ def residency(path: Path) -> bytes:
         del anchor
         if failed:
             raise OSError(ctypes.get_errno(), "mincore", str(path))
-    return bytes(flag & 1 for flag in flags)
+    return sum(flag & 1 for flag in flags), len(flags)
 
 
-def take_back_memory(folder: Path, nbytes: int) -> None:
-    """Let every timed program find free memory in the same state: written to a moment ago.
+@contextmanager
+def memory_at_hand(folder: Path, nbytes: int) -> Iterator[None]:
+    """Let every timed program find free memory in the same state: freed when this context ends.
 
-    A virtual machine gives free memory back to its host after a second or two, and the first write to
-    a page that the host has to find again costs ten times a write to one it has not. Writing a file as
-    large as the output and removing it before it reaches the disk evens that out.
+    A virtual machine gives free memory back to its host after about two seconds, and the first write to a
+    page that the host must find again costs ten times a write to any other. So what was freed before is
+    left to go, then memory for an output is claimed as a file that never reaches the disk, and freed at
+    the last moment. On a real machine this changes nothing.
     """
+    time.sleep(GIVE_BACK_SECONDS)
     path = folder / "scratch"
     block = bytes(BUFFER)
     with path.open("wb", buffering=0) as file:
         for _ in range(0, min(nbytes, MOST_SCRATCH), BUFFER):
             file.write(block)
-        path.unlink()
+    yield
+    path.unlink()

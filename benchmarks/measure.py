@@ -19,12 +19,15 @@ class Cost:
 
     ``peak`` is the largest resident set of any one process, as the kernel counted it: mapped files
     are part of it. ``peak_anonymous`` leaves them out; it is sampled, so it may miss a short peak.
+    ``foreign`` is how many cores everything else on the machine kept busy meanwhile (the kernel's own
+    writing included): a number near the count of cores says that the time is not to be trusted.
     """
 
     wall: float
     cpu: float
     peak: int
     peak_anonymous: int
+    foreign: float
 
 
 def run(command: Sequence[str], *, log: Path, environment: Mapping[str, str] | None = None) -> Cost:
@@ -33,7 +36,7 @@ def run(command: Sequence[str], *, log: Path, environment: Mapping[str, str] | N
     :raises RuntimeError: it failed; the message ends with the last lines of its output.
     """
     with log.open("wb") as output:
-        started = time.perf_counter()
+        busy, started = busy_seconds(), time.perf_counter()
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -43,14 +46,21 @@ def run(command: Sequence[str], *, log: Path, environment: Mapping[str, str] | N
         )
         with AnonymousPeak(process.pid) as anonymous:
             _, status, usage = os.wait4(process.pid, 0)
-            wall = time.perf_counter() - started
+            wall, busy = time.perf_counter() - started, busy_seconds() - busy
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         tail = log.read_text(errors="replace")[-2000:]
         raise RuntimeError(f"{command[0]} ended with exit code {process.returncode}:\n{tail}")
     # Linux counts ru_maxrss in KiB. It begins at the resident set of the process that forked, which is
     # why the program that measures must stay small: it imports no numpy.
-    return Cost(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, anonymous.peak)
+    cpu = usage.ru_utime + usage.ru_stime
+    return Cost(wall, cpu, usage.ru_maxrss * 1024, anonymous.peak, max(0.0, busy - cpu) / wall)
+
+
+def busy_seconds() -> float:
+    """CPU seconds that all cores have spent on anything since the machine started."""
+    user, nice, system = Path("/proc/stat").read_text().split(maxsplit=4)[1:4]
+    return (int(user) + int(nice) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 class AnonymousPeak:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One timed process. ``cached`` is the fraction of its inputs that was in memory at the start."""
+    """One timed process. ``cached`` is the fraction of its inputs that was in memory at the start; the
+    costs are those of :class:`benchmarks.measure.Cost`."""
 
     size: str
     method: str
@@ -25,6 +26,7 @@ class Run:
     cpu: float
     peak: int
     peak_anonymous: int
+    foreign: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from benchmarks.records import Run, Session, command_line, machine, memory_bytes
 from benchmarks.shapes import SIZES, bench_dir, weight_files
 
 ENTRANTS = ("floor", "overlap", "smelt", "mergekit")
-CACHES = ("warm", "cold")
+BRING = {"warm": cache.warm, "cold": cache.drop}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +63,11 @@ class Course:
         self.work.mkdir(parents=True, exist_ok=True)
         self.recipe.write_text(self.merge.yaml(self.size))
         shutil.rmtree(self.out, ignore_errors=True)
-        files = self.files()
-        if state == "warm":
-            cache.warm(files)
         os.sync()
-        cache.take_back_memory(self.work, SIZES[self.size].nbytes)
-        if state == "cold":
-            cache.drop(files)
-        return cache.cached(files)
+        files = self.files()
+        with cache.memory_at_hand(self.work, SIZES[self.size].nbytes):
+            BRING[state](files)
+            return cache.cached(files)
 
     def run(self, entrant: str, state: str) -> tuple[float, measure.Cost]:
         cached = self.prepare(state)
@@ -152,7 +149,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--sizes", type=some_of(tuple(SIZES)), default="0.1B,0.5B,1B")
     parser.add_argument("--methods", type=some_of(tuple(MERGES)), default=",".join(MERGES))
     parser.add_argument("--entrants", type=some_of(ENTRANTS), default=",".join(ENTRANTS))
-    parser.add_argument("--cache", type=some_of(CACHES), default="warm", help="warm, cold or both")
+    parser.add_argument("--cache", type=some_of(tuple(BRING)), default="warm", help="warm, cold or both")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--mergekit-rounds", type=int, default=1, help="of the rounds, those with mergekit")
     return parser

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ..errors import MissingExtra, OperationFailed, UsageError, show
 from ..kernels import random
-from ..kernels.dtypes import DTYPES
+from ..kernels.dtypes import DTYPES, narrowed
 from ..kernels.launch import BAD_INPUT, pieces, run_map
 from ..kernels.program import Call, Copy, Draw, Mask, Operand, Step
 from ..methods.tensors import identity
@@ -112,6 +112,8 @@ def _run_piece(call: Call, dtype: str, bound: dict[str, Any], out: npt.NDArray[A
     from ..kernels.launch import BAD_OUTPUT
 
     result = apply(call.formula, bound)
+    if result.dtype is torch.float64 and dtype in ("BF16", "F16"):
+        result = torch.from_numpy(narrowed(result.cpu().numpy()))
     stored = result.to(getattr(torch, DTYPES[dtype].value_type)).cpu()
     bits = stored.view(torch.uint16) if DTYPES[dtype].storage is np.uint16 else stored
     out[:] = bits.numpy()

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from ..errors import OperationFailed, show
 from ..kernels import random
 from ..kernels.compile import precision_of
-from ..kernels.dtypes import DTYPES
+from ..kernels.dtypes import DTYPES, narrowed
 from ..kernels.program import Draw, Mask, Operand, Whole
 from .device import nonfinite
 from .tiles import TILE, BufferPool
@@ -28,7 +28,8 @@ def run_whole(output: Whole, job: Job, sink: Sink, buffers: BufferPool) -> None:
     for start in range(0, job.count, TILE):
         part = result[start : start + TILE]
         out = buffers.take(len(part), job.dtype)
-        dtype.as_values(out)[:] = part.astype(dtype.values)
+        once = narrowed(part) if part.dtype == np.float64 and dtype.bits == 16 else part
+        dtype.as_values(out)[:] = once.astype(dtype.values)
         if nonfinite(out, job.dtype).any():
             raise OperationFailed(f"tensor {show(job.name)}: the result holds NaN or Inf")
         sink.write(job.name, start, out, lambda out=out: buffers.give(out))  # type: ignore[misc]

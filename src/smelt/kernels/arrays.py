@@ -72,4 +72,6 @@ def _numpy_value(value: Any, pin: Any) -> Any:
 def _torch_value(value: Any, sample: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(_torch_value(item, sample) for item in value)
+    if isinstance(value, bool):
+        return value
     return sample.new_tensor(value) if isinstance(value, int | float) else value

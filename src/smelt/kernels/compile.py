@@ -136,7 +136,8 @@ def _function(parameters: list[str], lines: list[str]) -> str:
 
 def _map(arguments: _Arguments, out: str) -> str:
     """Write the formula's value; report non-finite inputs (1) and outputs (2)."""
-    body = [f"y = store_{out}(formula({arguments.formula}))", "out[i] = y"]
+    value = f"PRECISION(formula({arguments.formula}))"
+    body = [f"y = store_{out}({f'narrow_PRECISION({value})' if out in ('BF16', 'F16') else value})", "out[i] = y"]
     body += [f"bad_in |= {check}" for check in arguments.checks] + [f"bad_out |= nonfinite_{out}(y)"]
     lines = ["count, bad_in, bad_out = out.shape[0], False, False", *_loop(arguments, body, "out[low:high]")]
     lines += ["return (1 if bad_in else 0) + (2 if bad_out else 0)"]

@@ -94,3 +94,13 @@ def code_of(values: np.dtype[Any]) -> str:
 def name_of(code: str) -> str:
     """The long name of a dtype, as config.json and recipes write it: "BF16" -> "bfloat16"."""
     return DTYPES[code].value_type
+
+
+def narrowed(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+    """float64 to float32 rounded to odd: rounding that to 16 bits equals rounding the float64 once."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        near = values.astype(np.float32)
+        bits = near.view(np.uint32)
+        odd = (bits - (np.abs(near.astype(np.float64)) > np.abs(values))) | np.uint32(1)
+        inexact = (near != values) & (values == values)
+    return np.where(inexact, odd.astype(np.uint32).view(np.float32), near)

@@ -116,6 +116,21 @@ def store_F16(x: Any) -> Any:  # noqa: N802
 
 
 @njit(**_FAST)
+def narrow_float32(x: Any) -> Any:
+    return x
+
+
+@njit(**_FAST)
+def narrow_float64(x: Any) -> Any:
+    """float64 to float32 rounded to odd, so that the next rounding to 16 bits is the only one that counts."""
+    near = np.float32(x)
+    bits = bits32_of(near)
+    beyond = np.uint32(1) if abs(np.float64(near)) > abs(x) else np.uint32(0)
+    odd = float32_of(np.uint32(bits - beyond) | np.uint32(1))
+    return odd if (np.float64(near) != x and x == x) else near
+
+
+@njit(**_FAST)
 def magnitude_float32(x: Any) -> Any:
     """The bits of |x|: their unsigned order is the order of the magnitudes."""
     return np.uint64(bits32_of(x) & _MAGNITUDE)

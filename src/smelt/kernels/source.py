@@ -89,6 +89,11 @@ class _Pin(ast.NodeTransformer):
             raise TypeError("a formula must not divide by a literal: multiply by the reciprocal instead")
         return self.generic_visit(node)
 
+    def visit_AugAssign(self, node: ast.AugAssign) -> Any:  # noqa: N802
+        """``a += b`` becomes ``a = a + b``: on arrays the short form would write into an operand."""
+        target = ast.Name(node.target.id, ast.Load())  # type: ignore[union-attr]
+        return self.visit(ast.Assign([node.target], ast.BinOp(target, node.op, node.value)))
+
     def visit_Subscript(self, node: ast.Subscript) -> Any:  # noqa: N802
         node.value = self.visit(node.value)
         return node

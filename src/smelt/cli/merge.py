@@ -1,0 +1,108 @@
+"""``smelt merge``: run a recipe, or show what it would do."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .options import common, json_option, settings
+from .output import count, duration, plain, print_json, print_pairs, print_table, size
+from .progress import bar
+
+if TYPE_CHECKING:
+    from ..engine import Artifact, Plan
+
+
+@click.command(short_help="Run a recipe: merge models into a new folder.")
+@click.argument("recipe")
+@click.argument("out", required=False)
+@click.option("--dry-run", is_flag=True, help="Plan and check everything, read no weights, write nothing.")
+@click.option("--memory", default="1GiB", metavar="SIZE", show_default=True, help="Budget for buffers.")
+@click.option("--threads", type=click.IntRange(min=1), help="Default: the cores this process may use.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), help="Overrides the recipe's seed.")
+@click.option("--shard-size", default="5GB", metavar="SIZE", show_default=True, help="Largest weight file.")
+@click.option(
+    "--on-extra", type=click.Choice(["copy", "drop", "error"]), default="error", show_default=True,
+    help="A tensor that only some models have.",
+)  # fmt: skip
+@click.option(
+    "--on-nonfinite", type=click.Choice(["error", "warn", "allow"]), default="error", show_default=True,
+    help="NaN or Inf in inputs or result.",
+)  # fmt: skip
+@click.option("--force", is_flag=True, help="Merge models that do not share a backbone all the same.")
+@click.option("--strict", is_flag=True, help="Warnings about the inputs are errors.")
+@click.option("--card/--no-card", default=True, help="Write README.md, the model card.")
+@json_option
+@common
+def command(recipe: str, out: str | None, dry_run: bool, as_json: bool, **options: Any) -> None:
+    """Merge models as RECIPE says (a YAML file, or - for stdin) into OUT, a folder that does not exist yet.
+
+    The folder appears when everything is written and synced, or not at all. Prints its path.
+    """
+    source = _recipe(recipe)
+    if dry_run:
+        from ..engine import plan
+
+        _show_plan(plan(source, **_planned(options)), as_json)
+        return
+    if out is None:
+        raise click.UsageError("OUT is missing: name the folder to create, or add --dry-run")
+    from ..engine import merge
+
+    artifact = merge(source, out, progress=bar(settings().quiet), **options)
+    _show_artifact(artifact, as_json)
+
+
+def _recipe(argument: str) -> Any:
+    """What the engine takes: a path, or the recipes read from stdin."""
+    if argument != "-":
+        return argument
+    from ..recipe import parse
+
+    return parse(sys.stdin.read(), "<stdin>")
+
+
+def _planned(options: dict[str, Any]) -> dict[str, Any]:
+    return options
+
+
+def _show_artifact(artifact: Artifact, as_json: bool) -> None:
+    """The path on stdout, what happened on stderr."""
+    if not settings().quiet:
+        for warning in artifact.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        moved = artifact.bytes_read + artifact.bytes_written
+        rate = moved / max(artifact.seconds, 1e-9) / 1e9
+        print(
+            f"{artifact.tensors} tensors, {size(artifact.bytes_read)} read, {size(artifact.bytes_written)} "
+            f"written in {duration(artifact.seconds)} ({rate:.2f} GB/s)",
+            file=sys.stderr,
+        )
+    print_json(artifact.as_dict()) if as_json else print(artifact.path)
+
+
+def _show_plan(plan: Plan, as_json: bool) -> None:
+    facts = plan.as_dict()
+    if as_json:
+        print_json(facts)
+        return
+    rows = facts["rows"]
+    columns = list(rows[0]) if rows else []
+    print_table(columns, [[plain(row[column]) for column in columns] for row in rows], "Output tensors")
+    print_pairs(
+        {
+            "method": f"{facts['method']} ({facts['variant']})",
+            "tensors": str(facts["tensors"]),
+            "passes": str(facts["passes"]),
+            "reads": size(facts["bytes_read"]),
+            "writes": size(facts["bytes_written"]),
+            "disk needed": size(facts["disk_needed"]),
+            "peak memory": size(facts["peak_memory"]),
+            "threads": str(facts["threads"]),
+        }
+    )
+    for notice in facts["notices"]:
+        print(f"note: {notice}", file=sys.stderr)

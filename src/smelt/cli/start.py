@@ -1,0 +1,125 @@
+"""The entry point: run a command and turn whatever happens into a line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import click
+
+from ..errors import OperationFailed, SmeltError
+from .options import Settings
+
+BUG, INTERRUPTED, TERMINATED = 70, 130, 143
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``smelt`` with ``arguments`` (default: the process's own) and return the exit code."""
+    settings = Settings()
+    _use_utf8()
+    try:
+        with _signals():
+            code = _run(arguments, settings)
+            sys.stdout.flush()
+            return code
+    except BrokenPipeError:
+        # Whoever read the output has seen enough; what a command does to files is done by then.
+        _discard_output()
+        return 0
+    except (KeyboardInterrupt, click.Abort):
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+    except Exception as error:
+        return _report(error, settings)
+
+
+def _run(arguments: Sequence[str] | None, settings: Settings) -> int:
+    from .group import smelt
+
+    outcome = smelt.main(arguments, prog_name="smelt", standalone_mode=False, obj=settings)
+    return outcome if isinstance(outcome, int) else 0
+
+
+def _report(error: Exception, settings: Settings) -> int:
+    """Tell the user on stderr; the exit code."""
+    if settings.debug:
+        traceback.print_exception(error)
+    if isinstance(error, click.ClickException):
+        return _report_usage(error)
+    expected = _as_expected(error)
+    if expected is None:
+        line = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"error: {line}\nThis is a bug in smelt: please report it with the output of the same command "
+              "and --debug.", file=sys.stderr)  # fmt: skip
+        return BUG
+    for problem in expected.problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return expected.exit_code
+
+
+def _report_usage(error: click.ClickException) -> int:
+    context = getattr(error, "ctx", None)
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        print(error.format_message(), file=sys.stderr)
+        return 2
+    print(f"error: {error.format_message()}", file=sys.stderr)
+    if context is not None:
+        print(f"See: {context.command_path} --help", file=sys.stderr)
+    return 2
+
+
+def _as_expected(error: Exception) -> SmeltError | None:
+    """The error as one that was foreseen, or None for a bug."""
+    if isinstance(error, SmeltError):
+        return error
+    if isinstance(error, OSError):
+        place = f": {error.filename}" if error.filename else ""
+        return OperationFailed(f"{error.strerror or error}{place}")
+    if isinstance(error, MemoryError):
+        return OperationFailed("out of memory: lower --memory or --threads")
+    return None
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """SIGTERM unwinds like SIGINT does, so that staging is removed; a second SIGINT ends at once."""
+    handlers = {signal.SIGINT: _on_interrupt, signal.SIGTERM: _on_terminate}
+    try:
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    except ValueError:  # not in the main thread: a program that calls us keeps its own handlers
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _on_interrupt(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+    raise KeyboardInterrupt
+
+
+def _on_terminate(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(TERMINATED)
+
+
+def _use_utf8() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure: Any = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(encoding="utf-8", errors="backslashreplace", newline="\n")
+
+
+def _discard_output() -> None:
+    """Point stdout nowhere, so that the interpreter's own flush at exit stays silent."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -1,0 +1,264 @@
+"""One formula, three backends, the same bits: Numba = numpy = torch over dtypes, shapes and specials."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smelt.kernels import random
+from smelt.kernels.arrays import apply
+from smelt.kernels.compile import precision_of
+from smelt.kernels.dtypes import DTYPES, narrowed
+from smelt.kernels.launch import run_map, run_sums
+from smelt.kernels.program import Call, Draw, Mask, Step, call
+from smelt.kernels.source import source_of
+from smelt.kernels.vocabulary import maximum, minimum, sign, sqrt, where
+from smelt.methods import ties
+
+SPECIALS = [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 1e-45, -1e-45, 6e-8, 65504.0, 65520.0, 3.4e38, 1e-38]
+
+
+class Memory:
+    """An operand over an array of stored bits."""
+
+    def __init__(self, stored: Any, dtype: str) -> None:
+        self.stored, self.dtype, self.shape, self.count = stored, dtype, stored.shape, stored.size
+
+    def read(self, start: int, out: Any) -> None:
+        out[:] = self.stored[start : start + len(out)]
+
+    def values(self) -> Any:
+        return DTYPES[self.dtype].as_values(self.stored)
+
+
+def operand(values: Any, dtype: str) -> Memory:
+    with np.errstate(all="ignore"):
+        typed = np.asarray(values, np.float64).astype(DTYPES[dtype].values)
+    return Memory(DTYPES[dtype].as_storage(typed), dtype)
+
+
+def compiled(call: Call, dtype: str, start: int = 0) -> Any:
+    out = np.empty(call.count, DTYPES[dtype].storage)
+    run_map(call, dtype, lambda operand: operand.stored, start, out)
+    return out
+
+
+def by_arrays(call: Call, dtype: str, backend: str) -> Any:
+    """The same call through ``arrays.apply``, rounded by the backend's own cast."""
+    precision = precision_of(call)
+    if backend == "numpy":
+        convert = lambda o: o.values().astype(precision)  # noqa: E731
+        mask = lambda m: m.operand.stored != 0  # noqa: E731
+    else:
+        torch = pytest.importorskip("torch")
+        convert = lambda o: torch.from_numpy(o.values().astype(precision))  # noqa: E731
+        mask = lambda m: torch.from_numpy(m.operand.stored != 0)  # noqa: E731
+
+    def bind(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(bind(item) for item in value)
+        if isinstance(value, bool | int | float):
+            return value
+        return mask(value) if isinstance(value, Mask) else convert(value)
+
+    result = apply(call.formula, {name: bind(value) for name, value in call.arguments.items()})
+    with np.errstate(all="ignore"):
+        values = np.asarray(result)
+        if dtype in ("BF16", "F16") and precision == "float64":
+            values = narrowed(values)
+        return DTYPES[dtype].as_storage(np.ascontiguousarray(values.astype(DTYPES[dtype].values)))
+
+
+def same_bits(a: Any, b: Any, dtype: str) -> bool:
+    """Equal bits, all NaN being one."""
+    x, y = DTYPES[dtype].as_values(a), DTYPES[dtype].as_values(b)
+    with np.errstate(all="ignore"):
+        nan = (x != x) & (y != y)
+    return bool(((a == b) if a.dtype.kind == "u" else (a.view(f"u{a.itemsize}") == b.view(f"u{b.itemsize}")))[~nan].all())
+
+
+def everything(a: Any, b: Any, c: Any, w: Any) -> Any:
+    """Every word of the vocabulary but the square root in one formula."""
+    total = 0
+    for x, weight in zip((a, b, c), w):  # noqa: B905
+        total += weight * sign(x) * abs(x)
+    inner = maximum(minimum(a, b), c) - 0.1 * total
+    return where((inner > 0) & (a != b), inner / (1 + abs(b)), where(c <= b, a - c, 0.25))
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
+@pytest.mark.parametrize(
+    ("code", "out"),
+    [("BF16", "BF16"), ("BF16", "F32"), ("F16", "F16"), ("F32", "BF16"), ("F32", "F32"), ("F64", "F16"), ("F64", "F64")],
+)
+def test_compiled_equals_arrays(code: str, out: str, backend: str) -> None:
+    rng = np.random.default_rng(1)
+    grid = [np.concatenate([np.repeat(SPECIALS, 14), rng.normal(0, 1, 301)]) for _ in range(3)]
+    grid[1][:196] = np.tile(SPECIALS, 14)
+    grid[2][:196] = rng.permutation(grid[2][:196])
+    a, b, c = (operand(values, code) for values in grid)
+    work = call(everything, a=a, b=b, c=c, w=(0.3, -0.7, 1.1))
+    assert same_bits(compiled(work, out), by_arrays(work, out, backend), out)
+
+
+def root(x: Any) -> Any:
+    return sqrt(abs(x))
+
+
+@pytest.mark.parametrize("code", ["BF16", "F16", "F32"])
+def test_square_roots_are_correctly_rounded(code: str) -> None:
+    values = operand(np.abs(np.random.default_rng(3).normal(0, 1, 20_000)), code)
+    work = call(root, x=values)
+    assert same_bits(compiled(work, "F32"), by_arrays(work, "F32", "torch"), "F32")
+    assert same_bits(compiled(work, "F32"), np.sqrt(values.values().astype(np.float32)), "F32")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    values=st.lists(st.tuples(*[st.floats(width=32)] * 4), min_size=1, max_size=40),
+    codes=st.sampled_from([("BF16",) * 4, ("F32",) * 4, ("F32", "BF16", "F16", "F32")]),
+    thresholds=st.tuples(*[st.floats(0, 2, width=32)] * 3),
+    weights=st.tuples(*[st.floats(-2, 2, width=32)] * 3),
+)
+def test_ties_is_the_same_formula_everywhere(values: Any, codes: Any, thresholds: Any, weights: Any) -> None:
+    columns = np.array(values, np.float64).T
+    base, *models = (operand(column, code) for column, code in zip(columns, codes, strict=True))
+    work = call(
+        ties.ties_mean, base=base, models=tuple(models), kept=(True,) * 3, thresholds=thresholds,
+        centers=(0.0,) * 3, factors=weights, weights=weights, fallback=1.0, scale=0.7,
+    )  # fmt: skip
+    result = compiled(work, "F32")
+    assert same_bits(result, by_arrays(work, "F32", "numpy"), "F32")
+    assert same_bits(result, by_arrays(work, "F32", "torch"), "F32")
+
+
+@pytest.mark.parametrize("code", ["BF16", "F16"])
+def test_every_sixteen_bit_value_loads_exactly_and_stores_back(code: str) -> None:
+    bits = np.arange(65536, dtype=np.uint16)
+    everything = Memory(bits, code)
+    back = compiled(call(identity, x=everything), code)
+    assert same_bits(back, bits, code)
+    widened = compiled(call(identity, x=everything), "F32")
+    with np.errstate(all="ignore"):
+        assert same_bits(widened, DTYPES[code].as_values(bits).astype(np.float32), "F32")
+
+
+def identity(x: Any) -> Any:
+    return x
+
+
+@pytest.mark.parametrize(("code", "reference"), [("BF16", ml_dtypes.bfloat16), ("F16", np.float16)])
+def test_stores_round_to_nearest_even(code: str, reference: Any) -> None:
+    rng = np.random.default_rng(2)
+    patterns = rng.integers(0, 2**32, 200_000, dtype=np.uint64).astype(np.uint32)
+    halves = (np.arange(65536, dtype=np.uint32) << 16) | 0x8000
+    values = np.concatenate([patterns, halves, halves + 1, halves - 1]).view(np.float32)
+    stored = compiled(call(identity, x=Memory(values, "F32")), code)
+    with np.errstate(all="ignore"):
+        assert same_bits(stored, values.astype(reference).view(np.uint16), code)
+
+
+def test_double_to_half_rounds_once() -> None:
+    rng = np.random.default_rng(4)
+    values = rng.normal(0, 1, 100_000) * 10.0 ** rng.integers(-9, 6, 100_000)
+    halfway = np.arange(1, 2000) * 2.0**-11 + 1.0 + 2.0**-40
+    values = np.concatenate([values, halfway, -halfway])
+    stored = compiled(call(identity, x=Memory(values, "F64")), "F16")
+    with np.errstate(all="ignore"):
+        assert same_bits(stored, values.astype(np.float16).view(np.uint16), "F16")
+        assert same_bits(narrowed(values).astype(np.float16).view(np.uint16), stored, "F16")
+
+
+def test_literals_never_widen_to_double() -> None:
+    source = source_of(everything)
+    assert set(source.constants.values()) == {0.0, 1.0, -1.0, 0.1, 0.25} - {-1.0} | {1.0}
+    assert "0.1" not in source.text
+
+
+def divides_by_literal(x: Any) -> Any:
+    return x / 3
+
+
+def uses_power(x: Any) -> Any:
+    return x**2
+
+
+def uses_exp(x: Any) -> Any:
+    return np.exp(x)
+
+
+@pytest.mark.parametrize("formula", [divides_by_literal, uses_power, uses_exp])
+def test_what_is_not_in_the_vocabulary_is_refused(formula: Any) -> None:
+    with pytest.raises(TypeError):
+        source_of(formula)
+
+
+def keep(x: Any, kept: Any) -> Any:
+    return where(kept, x, 0)
+
+
+def test_draws_are_the_same_in_every_backend_and_for_every_split() -> None:
+    torch = pytest.importorskip("torch")
+    count, key = 5000, random.key_of(7, "model.layers.0.mlp.up_proj.weight", 1)
+    ones = operand(np.ones(count), "F32")
+    whole = compiled(call(keep, x=ones, kept=Draw(key, 0.3)), "F32")
+    words = random.words(key, 0, count)
+    threshold = random.threshold_of(0.3)
+    assert (whole == (words >= threshold)).all()
+    assert (random.words(key, 0, count, like=torch.empty(0)).numpy() == words).all()
+    for cut in (1, 1023, 1024, 1025, 3000):
+        tail = operand(np.ones(count - cut), "F32")
+        assert (compiled(call(keep, x=tail, kept=Draw(key, 0.3)), "F32", start=cut) == whole[cut:]).all()
+
+
+def test_kept_share_and_independence() -> None:
+    n = 1_000_000
+    masks = [random.words(random.key_of(0, name, i), 0, n) >= random.threshold_of(0.25) for name in "ab" for i in (0, 1)]
+    for mask in masks:
+        assert abs(mask.mean() - 0.25) < 4 * np.sqrt(0.25 * 0.75 / n)
+    for i, first in enumerate(masks):
+        for second in masks[i + 1 :]:
+            assert abs(np.corrcoef(first, second)[0, 1]) < 4 / np.sqrt(n)
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5, 1e-9])
+def test_threshold_of_is_monotone_and_bounded(density: float) -> None:
+    assert 0 <= random.threshold_of(density) < 2**32
+
+
+@pytest.mark.parametrize("density", [0.0, -0.1, 1.1])
+def test_densities_outside_the_range_are_refused(density: float) -> None:
+    with pytest.raises(ValueError, match="density"):
+        random.threshold_of(density)
+
+
+def scaled(x: Any, factor: Any) -> Any:
+    return factor * x
+
+
+def test_steps_change_a_value_at_the_cut() -> None:
+    ones = operand(np.ones(3000), "F32")
+    result = compiled(call(scaled, x=ones, factor=Step(2.0, 3.0, 1500)), "F32")
+    assert (result[:1500] == 2).all()
+    assert (result[1500:] == 3).all()
+
+
+def pair(a: Any, b: Any) -> Any:
+    return (a, b)
+
+
+@given(n=st.integers(1, 20000), seed=st.integers(0, 5))
+@settings(max_examples=25, deadline=None)
+def test_sums_match_exact_sums_and_ignore_strips(n: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x, y = rng.normal(0, 1, (2, n)).astype(np.float32)
+    work = call(pair, a=Memory(x, "F32"), b=Memory(y, "F32"))
+    blocks = run_sums(work, lambda operand: operand.stored, 0, n, 2, products=True)
+    totals = blocks.sum(axis=0)
+    wanted = [np.float64(x) @ np.float64(x), np.float64(x) @ np.float64(y), np.float64(y) @ np.float64(y)]
+    assert np.allclose(totals, wanted, rtol=1e-12, atol=1e-9)

@@ -1,0 +1,109 @@
+"""The counting search equals sorting, for every rank, window and chunking."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smelt.engine.reduce import CutReducer, RankReducer
+from smelt.engine.tiles import BufferPool, Tile
+from smelt.errors import OperationFailed
+from smelt.kernels.launch import run_count
+from smelt.kernels.order import RankSearch
+from smelt.kernels.program import Cut, Rank, call
+from smelt.methods.tensors import delta
+
+from .test_kernels import Memory, identity, operand
+
+
+def search(values: Any, rank: int, guess: tuple[int, int] | None = None, chunks: int = 1) -> float:
+    """Run a RankSearch over ``values`` in chunks, from any first window."""
+    work = RankSearch(rank)
+    if guess:
+        work.low, work.high = guess
+    parts = [part for part in np.array_split(values, chunks) if part.size]
+    for _ in range(8):
+        counts, below = np.zeros(work.bins, np.uint32), 0
+        for part in parts:
+            source = Memory(np.ascontiguousarray(part), "F32")
+            more, _nan = run_count(
+                call(identity, x=source), lambda o: o.stored, 0, part.size, work.low, work.width, counts
+            )
+            below += more
+        if work.absorb(below, counts):
+            return work.value
+    raise AssertionError("the search did not end")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    values=st.lists(st.sampled_from([0.0, -0.0, 1e-45, 0.5, -0.5, 1.0, 3.0, np.inf, 1e-3, -1e-3]), min_size=1, max_size=60),
+    data=st.data(),
+)
+def test_any_rank_with_ties_and_any_guess(values: list[float], data: st.DataObject) -> None:
+    array = np.array(values, np.float32)
+    rank = data.draw(st.integers(1, len(values)))
+    low = data.draw(st.integers(0, 2**31 - 2))
+    high = data.draw(st.integers(low + 1, 2**31))
+    wanted = np.sort(np.abs(array))[rank - 1]
+    assert search(array, rank) == wanted
+    assert search(array, rank, (low, high), chunks=3) == wanted
+
+
+def test_a_guess_from_a_sample_is_exact_even_when_biased() -> None:
+    rng = np.random.default_rng(0)
+    values = np.sort(np.abs(rng.standard_t(4, 50_000))).astype(np.float32)
+    work = RankSearch(40_000)
+    work.guess(values[:1000].view(np.uint32).astype(np.uint64), values.size)
+    assert search(values, 40_000, (work.low, work.high)) == values[39_999]
+
+
+def finish(reducer: Any, tiles: list[Tile]) -> Any:
+    for _ in range(12):
+        if reducer.done:
+            return reducer.result
+        reducer.absorb([(i, reducer.tile(reducer.calls[0], tile)) for i, tile in enumerate(tiles)])
+    raise AssertionError("the reducer did not end")
+
+
+@pytest.mark.parametrize("code", ["BF16", "F16", "F32", "F64"])
+@pytest.mark.parametrize("size", [1, 50, 5000, 600_000])
+def test_rank_reducer_equals_sorting(code: str, size: int) -> None:
+    rng = np.random.default_rng(size)
+    base = operand(rng.normal(0, 0.02, size), code)
+    model = operand(base.values().astype(np.float64) + 1e-3 * rng.standard_t(4, size), code)
+    wide = np.float64 if code == "F64" else np.float32
+    magnitudes = np.sort(np.abs(model.values().astype(wide) - base.values().astype(wide)))
+    pool = BufferPool()
+    for rank in {1, max(1, size // 5), size}:
+        tiles = [Tile(start, min(1 << 19, size - start), pool) for start in range(0, size, 1 << 19)]
+        assert finish(RankReducer(Rank((call(delta, base=base, model=model),), rank)), tiles) == magnitudes[rank - 1]
+
+
+def test_nan_in_a_ranked_tensor_is_an_error() -> None:
+    values = np.ones(1_000_000, np.float32)
+    values[777_777] = np.nan
+    work = Rank((call(identity, x=Memory(values, "F32")),), 10)
+    pool = BufferPool()
+    tiles = [Tile(start, min(1 << 19, values.size - start), pool) for start in range(0, values.size, 1 << 19)]
+    with pytest.raises(OperationFailed, match="NaN"):
+        finish(RankReducer(work), tiles)
+
+
+@settings(max_examples=40, deadline=None)
+@given(values=st.lists(st.sampled_from([0.0, 1.0, -1.0, 2.0]), min_size=1, max_size=50), data=st.data())
+def test_cut_keeps_exactly_so_many_lowest_index_first(values: list[float], data: st.DataObject) -> None:
+    array = np.array(values, np.float32)
+    keep = data.draw(st.integers(1, len(values)))
+    magnitudes = np.abs(array)
+    bar = float(np.sort(magnitudes)[len(values) - keep])
+    work = call(identity, x=Memory(array, "F32"))
+    cut = finish(CutReducer(Cut((work,), bar, keep)), [Tile(0, array.size, BufferPool())])
+    kept = np.where(np.arange(array.size) < cut, magnitudes >= bar, magnitudes > bar)
+    assert kept.sum() == keep
+    order = np.lexsort((np.arange(array.size), -magnitudes))
+    assert set(np.flatnonzero(kept)) == set(order[:keep])
