@@ -10,6 +10,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import venv
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.shapes import bench_dir
@@ -45,6 +46,16 @@ def mergekit(recipe: Path, out: Path) -> list[str]:
 
 def mergekit_program() -> Path:
     return bench_dir() / "mergekit" / "bin" / "mergekit-yaml"
+
+
+def versions(names: Sequence[str]) -> dict[str, str]:
+    found = {}
+    if "smelt" in names:
+        answer = subprocess.run([*smelt_command(), "--version"], capture_output=True, text=True, check=True)
+        found["smelt"] = answer.stdout.split()[-1]
+    if "mergekit" in names:
+        found |= {"mergekit": MERGEKIT, "torch (mergekit's)": TORCH}
+    return found
 
 
 def install_mergekit() -> None:

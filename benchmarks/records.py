@@ -31,11 +31,12 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """One kernel on one core: gigabytes (1e9) of bf16 input per second, best of several."""
+    """Gigabytes (1e9) of bf16 input per CPU second: by the output's formula alone, and by all passes."""
 
-    kernel: str
+    method: str
     models: int
-    gigabytes_per_second: float
+    formula: float
+    whole: float
 
 
 @dataclass(slots=True)

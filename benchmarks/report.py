@@ -32,10 +32,10 @@ class Course:
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self.size, self.method, self.cache = runs[0].size, runs[0].method, runs[0].cache
-        self._runs = runs
+        self.runs = runs
 
     def of(self, entrant: str) -> list[Run]:
-        return [run for run in self._runs if run.entrant == entrant]
+        return [run for run in self.runs if run.entrant == entrant]
 
     def wall(self, entrant: str) -> float | None:
         """Median seconds, or None for one that took no part."""
@@ -69,9 +69,10 @@ def markdown(sessions: Sequence[Session]) -> str:
     parts = ["# Results", _INTRODUCTION, _commands(sessions), f"![Wall time of each merge]({PLOT.name})"]
     found = courses(sessions)
     for cache in dict.fromkeys(course.cache for course in found):
-        parts += [f"## Inputs in a {cache} page cache", merge_table([c for c in found if c.cache == cache])]
+        mine = [course for course in found if course.cache == cache]
+        parts += [f"## Inputs in a {cache} page cache", merge_table(mine), quietness(mine)]
     if rates := [rate for session in sessions for rate in session.rates]:
-        parts += ["## Element kernels, one core", rate_table(rates)]
+        parts += ["## Kernels, one core: bf16 input per CPU second", rate_table(rates)]
     parts += ["## Machine", machine_table(sessions[-1])]
     return "\n\n".join(parts) + "\n"
 
@@ -92,6 +93,14 @@ def merge_table(found: Sequence[Course]) -> str:
         head += [f"{program} s", "x floor", "CPU s", "peak MB"]
     rows = [[course.size, course.method, *_merge_cells(course)] for course in found]
     return table([*head, "mergekit / smelt"], rows)
+
+
+def quietness(found: Sequence[Course]) -> str:
+    """How true the label of the cache was, and how much else went on."""
+    runs = [run for course in found for run in course.runs]
+    held = f"{min(run.cached for run in runs):.0%} to {max(run.cached for run in runs):.0%}"
+    others = f"{median(run.foreign for run in runs):.2f} (at most {max(run.foreign for run in runs):.2f})"
+    return f"In memory when a run began: {held} of its inputs. Cores that other work kept busy: {others}."
 
 
 def _merge_cells(course: Course) -> list[str]:
@@ -125,8 +134,8 @@ def spread(seconds: Sequence[float]) -> str:
 
 
 def rate_table(rates: Sequence[Rate]) -> str:
-    rows = [[rate.kernel, str(rate.models), f"{rate.gigabytes_per_second:.1f}"] for rate in rates]
-    return table(["kernel", "models", "GB of bf16 input per second"], rows)
+    rows = [[rate.method, str(rate.models), f"{rate.formula:.1f}", f"{rate.whole:.1f}"] for rate in rates]
+    return table(["method", "inputs", "formula GB/s", "with all passes GB/s"], rows)
 
 
 def machine_table(session: Session) -> str:

@@ -102,9 +102,13 @@ def measure_all(options: argparse.Namespace, session: Session, path: Path) -> No
             run = Run(size, method, state, name, number, cached, **asdict(cost))
             session.runs.append(run)
             session.save(path)
-            print(
-                f"{size} {state} {method:16} {name:9} {run.wall:8.2f} s {run.peak / 1e6:7.0f} MB", flush=True
-            )
+            print(line(run), flush=True)
+
+
+def line(run: Run) -> str:
+    what = f"{run.size} {run.cache} {run.method:16} {run.entrant:9}"
+    cost = f"{run.wall:8.2f} s {run.cpu:8.2f} CPU s {run.peak / 1e6:7.0f} MB"
+    return f"{what} {cost}  (inputs cached {run.cached:.0%}, other load {run.foreign:.2f} cores)"
 
 
 def compile_kernels(methods: Sequence[str]) -> None:
@@ -116,18 +120,6 @@ def compile_kernels(methods: Sequence[str]) -> None:
 def generate(sizes: Sequence[str]) -> None:
     # In a process of its own, because a large parent would show in the peak memory of its children.
     subprocess.run([sys.executable, "-m", "benchmarks.models", *sizes], check=True)
-
-
-def versions(names: Sequence[str]) -> dict[str, str]:
-    found = {}
-    if "smelt" in names:
-        answer = subprocess.run(
-            [*entrants.smelt_command(), "--version"], capture_output=True, text=True, check=True
-        )
-        found["smelt"] = answer.stdout.split()[-1]
-    if "mergekit" in names:
-        found |= {"mergekit": entrants.MERGEKIT, "torch (mergekit's)": entrants.TORCH}
-    return found
 
 
 def some_of(allowed: Sequence[str]) -> Callable[[str], list[str]]:
@@ -163,7 +155,7 @@ def main() -> None:
     if "smelt" in options.entrants:
         compile_kernels(options.methods)
     command = command_line("benchmarks.run", sys.argv[1:])
-    session = Session(command, machine(bench_dir()), versions(options.entrants))
+    session = Session(command, machine(bench_dir()), entrants.versions(options.entrants))
     path = report.sessions_dir() / f"{strftime('%Y%m%d-%H%M%S')}.json"
     measure_all(options, session, path)
     report.write([path])

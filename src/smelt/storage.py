@@ -8,13 +8,14 @@ becomes an :class:`OperationFailed` that names the path.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 import shutil
 import stat
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,56 +25,122 @@ from .errors import InputRejected, OperationFailed, show
 _MOST = 0x7FFFF000
 
 
+@dataclass(frozen=True, slots=True)
+class FileIdentity:
+    """What a file was when it was opened; compared again after the last read."""
+
+    path: Path
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+
+def shown(path: object) -> str:
+    """A path as messages name it: quoted, on one line, bounded, and long enough to keep the file's name."""
+    return show(path, 1000)
+
+
 @contextlib.contextmanager
 def _told(action: str, path: object) -> Iterator[None]:
     """Turn an OSError into a sentence: what failed, on which path, and why."""
     try:
         yield
     except OSError as error:
-        raise OperationFailed(f"cannot {action} {show(path)}: {error.strerror or error}") from error
+        raise OperationFailed(f"cannot {action} {shown(path)}: {error.strerror or error}") from error
+
+
+def exists(path: Path) -> bool:
+    """Whether the name is taken, be it by a dangling symbolic link."""
+    with _told("look at", path):
+        return os.path.lexists(path)
+
+
+def is_folder(path: Path) -> bool:
+    with _told("look at", path):
+        return os.path.isdir(path)
+
+
+def is_file(path: Path) -> bool:
+    with _told("look at", path):
+        return os.path.isfile(path)
+
+
+def identity(path: Path, descriptor: int | None = None) -> FileIdentity:
+    """What the file is now: the one open as ``descriptor``, else the one that ``path`` leads to."""
+    with _told("look at", path):
+        facts = os.stat(path if descriptor is None else descriptor)
+    return FileIdentity(path, facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
 
 
 def open_read(path: Path) -> int:
     """A read-only descriptor of a regular file. A FIFO, device, socket or folder is refused, never waited on."""
     with _told("open", path):
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = _open_without_waiting(path)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise InputRejected(f"{show(path)} is not a regular file")
+        raise InputRejected(f"{shown(path)} is not a regular file")
     return descriptor
+
+
+def _open_without_waiting(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # what a socket answers
+            raise InputRejected(f"{shown(path)} is not a regular file") from error
+        raise
 
 
 def close(descriptor: int) -> None:
     os.close(descriptor)
 
 
+def facts(descriptor: int) -> os.stat_result:
+    """Size, times and identity of an open file."""
+    return os.fstat(descriptor)
+
+
 def pread_into(descriptor: int, out: memoryview, offset: int, path: object = "file") -> None:
     """Fill ``out`` from ``offset`` on, whatever the size of single reads. OperationFailed at an early end."""
-    view, done = out.cast("B"), 0
-    with _told("read", path):
-        while done < len(view):
+    view, done = _bytes(out), 0
+    while done < len(view):
+        with _told(f"read at offset {offset + done} of", path):
             got = os.preadv(descriptor, [view[done : done + _MOST]], offset + done)
-            if got == 0:
-                raise OperationFailed(f"{show(path)} ends early: no byte at offset {offset + done}")
-            done += got
+        if got == 0:
+            raise OperationFailed(
+                f"{shown(path)} ends early: no byte at offset {offset + done}, {len(view) - done} more were "
+                "expected; was it changed meanwhile?"
+            )
+        done += got
 
 
 def pwrite_all(descriptor: int, data: memoryview, offset: int, path: object = "file") -> None:
     """Write all of ``data`` at ``offset``."""
-    view, done = data.cast("B"), 0
+    view, done = _bytes(data), 0
     with _told("write", path):
         while done < len(view):
             done += os.pwrite(descriptor, view[done : done + _MOST], offset + done)
 
 
+def _bytes(view: memoryview) -> memoryview:
+    # A view with a zero in its shape cannot be cast.
+    return view.cast("B") if view.nbytes else memoryview(b"")
+
+
 def create(path: Path, size: int = 0) -> int:
-    """A new file, preallocated to ``size`` bytes, so that a full disk fails before any work."""
+    """A new file, preallocated to ``size`` bytes, so that a full disk fails before any work.
+
+    Its mode is 0666 masked by the umask. Nothing is left behind when the space cannot be had.
+    """
     with _told("create", path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         _allocate(descriptor, size, path)
     except BaseException:
         os.close(descriptor)
+        with contextlib.suppress(OSError):
+            os.unlink(path)
         raise
     return descriptor
 
@@ -85,10 +152,17 @@ def _allocate(descriptor: int, size: int, path: Path) -> None:
         elif size:
             os.ftruncate(descriptor, size)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             free = free_bytes(path.parent)
-            raise OperationFailed(f"no space for {show(path)}: {size} bytes needed, {free} free") from error
-        raise OperationFailed(f"cannot allocate {show(path)}: {error.strerror}") from error
+            reason = f"{size} bytes needed, {free} free: {error.strerror}"
+            raise OperationFailed(f"no space for {shown(path)}: {reason}") from error
+        raise OperationFailed(f"cannot allocate {shown(path)}: {error.strerror}") from error
+
+
+def reopen(path: Path) -> int:
+    """A descriptor for reading and writing of a file that smelt made before."""
+    with _told("open for writing", path):
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
 
 
 def fsync(descriptor: int, path: object = "file") -> None:
@@ -109,9 +183,9 @@ def fsync_directory(path: Path) -> None:
 
 def start_writeback(descriptor: int, offset: int, length: int) -> None:
     """Ask the kernel to begin writing a range out, so that the final fsync finds little to do."""
-    call = _libc_function("sync_file_range")
+    call = _libc_function("sync_file_range", "int", "int64", "int64", "uint")
     if call is not None:
-        call(descriptor, ctypes.c_int64(offset), ctypes.c_int64(length), 2)
+        call(descriptor, offset, length, 2)  # SYNC_FILE_RANGE_WRITE; a hint, so its result does not matter
 
 
 def advise_willneed(descriptor: int, offset: int, length: int) -> None:
@@ -140,19 +214,28 @@ def publish_directory(staging: Path, destination: Path) -> None:
     which another process could create the destination; an empty one is then replaced, a full one refused.
     """
     fsync_directory(staging)
-    with contextlib.suppress(FileNotFoundError, OSError):
+    with contextlib.suppress(OSError):
         os.rmdir(destination)
     with _told("publish", destination):
-        if not _rename_noreplace(staging, destination):
-            if os.path.lexists(destination):
-                raise FileExistsError(errno.EEXIST, "it exists and is not empty")
-            os.rename(staging, destination)
+        try:
+            if not _rename_noreplace(staging, destination):
+                _rename_if_free(staging, destination)
+        except FileExistsError as error:
+            raise InputRejected(f"{shown(destination)} exists and is not an empty folder") from error
     fsync_directory(destination.parent)
+
+
+def _rename_if_free(source: Path, destination: Path) -> None:
+    if os.path.lexists(destination):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+    os.rename(source, destination)
 
 
 def _rename_noreplace(source: Path, destination: Path) -> bool:
     """renameat2(RENAME_NOREPLACE); False where the system or file system does not have it."""
-    call = _libc_function("renameat2")
+    import ctypes
+
+    call = _libc_function("renameat2", "int", "char_p", "int", "char_p", "uint")
     if call is None:
         return False
     here = -100  # AT_FDCWD
@@ -164,10 +247,17 @@ def _rename_noreplace(source: Path, destination: Path) -> bool:
     raise OSError(code, os.strerror(code))
 
 
-def _libc_function(name: str) -> Any:
+@cache
+def _libc_function(name: str, *kinds: str) -> Any:
+    """A function of the C library with arguments of these ctypes kinds; None where it is missing."""
     if not sys.platform.startswith("linux"):
         return None
-    return getattr(ctypes.CDLL(None, use_errno=True), name, None)
+    import ctypes
+
+    function = getattr(ctypes.CDLL(None, use_errno=True), name, None)
+    if function is not None:
+        function.argtypes = [getattr(ctypes, f"c_{kind}") for kind in kinds]
+    return function
 
 
 def read_small(path: Path, limit: int) -> bytes:
@@ -176,7 +266,7 @@ def read_small(path: Path, limit: int) -> bytes:
     try:
         size = os.fstat(descriptor).st_size
         if size > limit:
-            raise InputRejected(f"{show(path)} has {size} bytes, at most {limit} are accepted")
+            raise InputRejected(f"{shown(path)} has {size} bytes, at most {limit} are accepted")
         data = bytearray(size)
         pread_into(descriptor, memoryview(data), 0, path)
         return bytes(data)

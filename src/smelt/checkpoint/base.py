@@ -5,9 +5,10 @@ A new file format is one file beside this one that subclasses :class:`Checkpoint
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,10 @@ class FileIdentity:
     size: int
     mtime_ns: int
 
+    @classmethod
+    def of(cls, path: Path, facts: os.stat_result) -> FileIdentity:
+        return cls(path, facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+
 
 class Checkpoint(ABC, Mapping[str, npt.NDArray[Any]]):
     """Named tensors. As a mapping it is lazy: ``checkpoint[name]`` reads one whole tensor.
@@ -64,14 +69,16 @@ class Checkpoint(ABC, Mapping[str, npt.NDArray[Any]]):
     folder: the local directory with its side files (tokenizer, config, ...), or None.
     revision: the hub commit hash the label was resolved to, or None.
     metadata: the ``__metadata__`` strings of the file(s), merged.
+    notices: what is worth a warning but no refusal.
     """
 
     label: str
     tensors: Mapping[str, TensorInfo]
-    config: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any]
+    metadata: Mapping[str, str]
+    notices: Sequence[str] = ()
     folder: Path | None = None
     revision: str | None = None
-    metadata: Mapping[str, str]
 
     @abstractmethod
     def read(self, name: str, start: int, out: npt.NDArray[Any]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .options import common, json_option, settings
-from .output import count, duration, plain, print_json, print_pairs, print_table, size
+from .output import duration, plain, print_json, print_pairs, print_table, size
 from .progress import bar
 
 if TYPE_CHECKING:

@@ -51,7 +51,7 @@ def _show_one(method: Method) -> None:
             "base": method.base,
             "models": _model_count(method) + (" beside the base" if method.base == "required" else ""),
             "random": "yes: set seed" if method.random else "no",
-            "passes": f"{needs['whole_model']} over the model and {needs['per_tensor']} per tensor, then the merge",
+            "passes": f"{needs['whole_model']} over the model, {needs['per_tensor']} per tensor, one to merge",
             "variants": ", ".join(method.variants),
             "statistics": ", ".join(method.statistics) or "none",
             "paper": str(method.citation),

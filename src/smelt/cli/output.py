@@ -49,8 +49,9 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     out = console()
-    out.print(table)
-    out.print()
+    with out.capture() as capture:
+        out.print(table)
+    print("\n".join(line.rstrip() for line in capture.get().splitlines()), end="\n\n")
 
 
 def print_pairs(pairs: Mapping[str, str]) -> None:
@@ -76,13 +77,10 @@ def count(number: float) -> str:
 
 
 def _scaled(number: float, units: Sequence[str]) -> str:
-    for unit in units[:-1]:
-        if abs(number) < 1000:
-            break
-        number /= 1000
-    else:
-        unit = units[-1]
-    return f"{number:.0f} {unit}" if unit == units[0] else f"{number:.3g} {unit}"
+    power = 0
+    while abs(number) >= 1000 and power < len(units) - 1:
+        number, power = number / 1000, power + 1
+    return f"{number:.3g} {units[power]}" if power else f"{number:.0f} {units[0]}"
 
 
 def duration(seconds: float) -> str:

@@ -27,10 +27,12 @@ from ..checkpoint import Checkpoint
 from ..errors import show
 from ..kernels.dtypes import DTYPES
 
-#: Below this cosine, or above this norm(delta)/norm(base), two models do not share a backbone.
-#: A delta of 0.3 norms at right angles to the base gives a cosine of 0.958.
+#: Below this cosine, or above this norm(delta)/norm(base), a model did not grow from the base.
 LEAST_COSINE = 0.95
 LARGEST_RATIO = 0.3
+#: Below this cosine two models have no base in common. Two deltas of 0.3 norms each, at right angles to the
+#: base and to each other, leave 0.917; networks that were trained apart have about 0.
+LEAST_SIBLING_COSINE = 0.9
 
 _MATRICES, _PER_KIND = 48, 3
 _RUNS, _RUN = 16, 256
@@ -82,9 +84,13 @@ class Likeness:
         product = p[:, a, b] - p[:, a, base] - p[:, base, b] + p[:, base, base]
         return _median(product, np.sqrt(self._delta_squares(a, base) * self._delta_squares(b, base)))
 
-    def shared(self, model: int, base: int) -> bool:
-        """Whether both grew from one backbone, as far as the sample tells."""
+    def grew_from(self, model: int, base: int) -> bool:
+        """Whether ``model`` may be a fine-tune of ``base``, as far as the sample tells."""
         return not (self.cosine(model, base) < LEAST_COSINE or self.ratio(model, base) > LARGEST_RATIO)
+
+    def siblings(self, a: int, b: int) -> bool:
+        """Whether both may be fine-tunes of one base, as far as the sample tells."""
+        return not self.cosine(a, b) < LEAST_SIBLING_COSINE
 
     def _delta_squares(self, model: int, base: int) -> Products:
         p = self.products
@@ -119,25 +125,26 @@ def judge(likeness: Likeness, has_base: bool) -> list[Finding]:
 
 
 def _against_base(likeness: Likeness) -> list[Finding]:
-    strange = [i for i in range(1, len(likeness.labels)) if not likeness.shared(i, 0)]
-    return [_stranger(likeness, i, 0, "the base") for i in strange]
+    strange = [i for i in range(1, len(likeness.labels)) if not likeness.grew_from(i, 0)]
+    return [_stranger(likeness, i, 0, f"the base {show(likeness.labels[0])}", LEAST_COSINE) for i in strange]
 
 
 def _among_models(likeness: Likeness) -> list[Finding]:
     """The largest group of models that share a backbone sets the standard; the others are reported."""
-    everyone = range(len(likeness.labels))
-    groups = [[j for j in everyone if likeness.shared(j, i)] for i in everyone]
+    labels, everyone = likeness.labels, range(len(likeness.labels))
+    groups = [[j for j in everyone if likeness.siblings(i, j)] for i in everyone]
     largest = max(groups, key=len)
-    return [_stranger(likeness, i, largest[0], "model") for i in everyone if i not in largest]
+    first, strange = largest[0], [i for i in everyone if i not in largest]
+    return [_stranger(likeness, i, first, show(labels[first]), LEAST_SIBLING_COSINE) for i in strange]
 
 
-def _stranger(likeness: Likeness, model: int, other: int, what: str) -> Finding:
+def _stranger(likeness: Likeness, model: int, other: int, who: str, least: float) -> Finding:
     labels = likeness.labels
     cosine, ratio = likeness.cosine(model, other), likeness.ratio(model, other)
     text = (
-        f"{show(labels[model])} does not share the backbone of {what} {show(labels[other])}: "
-        f"cosine {cosine:.3f} (expected at least {LEAST_COSINE}), norm of the difference {ratio:.2f} of the "
-        f"norm (at most {LARGEST_RATIO}); such a merge gives a broken model: take fine-tunes of one base"
+        f"{show(labels[model])} does not share the backbone of {who}: cosine {cosine:.3f} (fine-tunes have "
+        f"at least {least}), norm of the difference {ratio:.2f} of the norm (at most {LARGEST_RATIO}); "
+        f"merged they give a broken model: take fine-tunes of one base"
     )
     facts = {"cosine": round(cosine, 6), "delta_ratio": round(ratio, 6), **_evidence(likeness)}
     return Finding("error", "different-backbone", (labels[model], labels[other]), text, facts)
@@ -178,9 +185,8 @@ def measure(checkpoints: Sequence[Checkpoint]) -> Likeness:
     products, equal = np.zeros((len(names), size, size)), np.ones((size, size), np.bool_)
     for index, name in enumerate(names):
         parts = zip(samples, checkpoints, strict=True)
-        rows = np.stack(
-            [as_floats(sample[name], c.tensors[name].dtype) for sample, c in parts], dtype=np.float64
-        )
+        floats = [as_floats(sample[name], c.tensors[name].dtype) for sample, c in parts]
+        rows = np.stack(floats, dtype=np.float64)
         products[index] = rows @ rows.T
         equal &= (rows[:, None] == rows[None, :]).all(axis=2)
     labels = tuple(checkpoint.label for checkpoint in checkpoints)
@@ -192,7 +198,7 @@ def sampled_matrices(checkpoints: Sequence[Checkpoint]) -> list[str]:
     kinds: dict[str, list[str]] = defaultdict(list)
     for name in sorted(set(checkpoints[0]).intersection(*checkpoints), key=_natural):
         if _comparable([checkpoint.tensors[name] for checkpoint in checkpoints]):
-            kinds[re.sub(r"\d+", "#", name)].append(name)
+            kinds[re.sub(r"[0-9]+", "#", name)].append(name)
     tensors = checkpoints[0].tensors
     ordered = sorted(kinds.values(), key=lambda names: -max(tensors[name].count for name in names))
     chosen = [name for names in ordered for name in _first_middle_last(names)][:_MATRICES]
@@ -213,7 +219,8 @@ def _first_middle_last(names: list[str]) -> list[str]:
 
 def _natural(name: str) -> list[tuple[int, str]]:
     """Sort key which puts layer 10 after layer 9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    parts = re.split(r"([0-9]+)", name)
+    return [(int(part), "") if index % 2 else (-1, part) for index, part in enumerate(parts)]
 
 
 def _samples(checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, npt.NDArray[Any]]:

@@ -1,0 +1,67 @@
+"""config.json of the output: the donor's, byte for byte, but for what the merge changed."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ..kernels.dtypes import DTYPES, name_of
+from .inputs import read_config
+from .plan import Plan
+
+
+def patched_config(plan: Plan) -> bytes | None:
+    """The donor's config.json with dtype, layer count, per-layer lists and tied head as the output has them.
+
+    None when the donor has no config.
+    """
+    raw = read_config(plan.inputs.donor.checkpoint)
+    if raw is None:
+        return None
+    config = json.loads(raw)
+    before = json.dumps(config)
+    _set_dtype(plan, config)
+    _set_layers(plan, config)
+    _untie(plan, config)
+    if json.dumps(config) == before:
+        return raw
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _set_dtype(plan: Plan, config: dict[str, Any]) -> None:
+    """The dtype that most of the output's elements have, under the key that the donor uses."""
+    weights: dict[str, int] = {}
+    for output in plan.outputs:
+        if DTYPES[output.dtype].arithmetic:
+            weights[output.dtype] = weights.get(output.dtype, 0) + output.count
+    if not weights:
+        return
+    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+    name = name_of(max(sorted(weights), key=weights.__getitem__))
+    if key in config or plan.recipe.written_dtype is not None:
+        config[key] = name
+
+
+def _set_layers(plan: Plan, config: dict[str, Any]) -> None:
+    """The number of layers, and lists with one entry per layer in the new order."""
+    if plan.layout.layers is None:
+        return
+    structure = plan.inputs.donor.structure
+    if structure.layer_count_key is not None:
+        _put(config, structure.layer_count_key, plan.layout.layers)
+    for path, values in structure.per_layer_lists.items():
+        _put(config, path, [values[layer] for layer in plan.layout.layer_map])
+
+
+def _untie(plan: Plan, config: dict[str, Any]) -> None:
+    """A head that is stored must be read: a config that ties it would ignore it."""
+    structure = plan.inputs.donor.structure
+    written = {output.name for output in plan.outputs}
+    if config.get("tie_word_embeddings") and any(name in written for name in structure.heads):
+        config["tie_word_embeddings"] = False
+
+
+def _put(config: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    for key in path[:-1]:
+        config = config[key]
+    config[path[-1]] = value

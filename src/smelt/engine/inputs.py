@@ -1,0 +1,164 @@
+"""Open the models that a recipe names, once each, and check that they can be merged at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from .. import storage
+from ..architecture import Structure
+from ..checkpoint import Checkpoint, load
+from ..errors import InputRejected, SmeltError, show
+from ..kernels.dtypes import DTYPES
+from ..recipe import ModelReference, Recipe
+from .operands import CheckpointOperand, Ledger
+
+
+@dataclass(eq=False)
+class Input:
+    """One model of the recipe, opened."""
+
+    reference: ModelReference
+    checkpoint: Checkpoint
+    operands: dict[str, CheckpointOperand] = field(default_factory=dict)
+
+    @cached_property
+    def structure(self) -> Structure:
+        shapes = {name: info.shape for name, info in self.checkpoint.tensors.items()}
+        return Structure.of(shapes, self.checkpoint.config)
+
+    @property
+    def label(self) -> str:
+        return self.reference.text
+
+    @property
+    def is_local(self) -> bool:
+        return self.checkpoint.revision is None
+
+    def operand(self, name: str, ledger: Ledger | None) -> CheckpointOperand:
+        """The operand of a tensor: one object, so that reads are shared."""
+        if name not in self.operands:
+            self.operands[name] = CheckpointOperand(self.checkpoint, name, ledger)
+        return self.operands[name]
+
+
+class Inputs:
+    """All models of a recipe by reference, in the order of first mention, and the donor of side files."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.ledger = Ledger()
+        self._by_text: dict[str, Input] = {}
+        problems: list[str] = []
+        for reference in recipe.references():
+            if reference.text in self._by_text:
+                continue
+            try:
+                checkpoint = load(reference.path, revision=reference.revision, label=reference.text)
+                self._by_text[reference.text] = Input(reference, checkpoint)
+            except InputRejected as error:
+                problems += error.problems
+        InputRejected.gather(dict.fromkeys(problems))
+        first = recipe.base_model or next(recipe.references())
+        self.donor = self._by_text[first.text]
+
+    def __getitem__(self, reference: ModelReference) -> Input:
+        return self._by_text[reference.text]
+
+    def __iter__(self) -> Iterator[Input]:
+        return iter(self._by_text.values())
+
+    def folders(self) -> list[Path]:
+        return [item.checkpoint.folder for item in self if item.checkpoint.folder is not None]
+
+    def notices(self) -> list[str]:
+        return [f"{item.label}: {note}" for item in self for note in getattr(item.checkpoint, "notices", ())]
+
+    def refuse_quantised(self) -> None:
+        """Averaging codes of a quantised model is a silent disaster, so it is refused until it is read right."""
+        InputRejected.gather(problem for item in self for problem in _quantised(item))
+
+    def check_unchanged(self) -> None:
+        for item in self:
+            item.checkpoint.check_unchanged()
+
+    def close(self) -> None:
+        for item in self:
+            item.checkpoint.close()
+
+
+def _quantised(item: Input) -> Iterator[str]:
+    config = item.checkpoint.config
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "unknown")
+        yield f"{item.label}: a quantised checkpoint ({show(method)}): dequantise it first, this version merges floats"
+        return
+    for name, info in item.checkpoint.tensors.items():
+        if DTYPES[info.dtype].floating and not DTYPES[info.dtype].arithmetic:
+            yield (
+                f"{item.label}: tensor {show(name)} in {show(info.file)} is {info.dtype}, a quantised payload: "
+                "dequantise the model first, this version merges float64, float32, float16 and bfloat16"
+            )
+            return
+
+
+#: Side files that travel with the weights, from the donor. The rest is left behind and said.
+SIDE_FILES = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
+    "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json", "preprocessor_config.json",
+    "processor_config.json", "video_preprocessor_config.json", "feature_extractor_config.json",
+)  # fmt: skip
+
+
+def side_files(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """Tokenizer, generation and preprocessor files of a model, by name."""
+    if checkpoint.folder is None:
+        return {}
+    present = set(storage.listdir(checkpoint.folder))
+    return {
+        name: storage.read_small(checkpoint.folder / name, 1 << 30) for name in SIDE_FILES if name in present
+    }
+
+
+def read_config(checkpoint: Checkpoint) -> bytes | None:
+    """config.json byte for byte, or None."""
+    if checkpoint.folder is None or "config.json" not in storage.listdir(checkpoint.folder):
+        return None
+    return storage.read_small(checkpoint.folder / "config.json", 1 << 26)
+
+
+def licence_of(inputs: Inputs) -> str | None:
+    """The licence named by every parent's card, if all name the same."""
+    found = {_licence(item.checkpoint) for item in inputs}
+    return found.pop() if len(found) == 1 else None
+
+
+def _licence(checkpoint: Checkpoint) -> str | None:
+    if checkpoint.folder is None or "README.md" not in storage.listdir(checkpoint.folder):
+        return None
+    try:
+        head = storage.read_small(checkpoint.folder / "README.md", 1 << 24)[:4096].decode("utf-8", "replace")
+    except SmeltError:
+        return None
+    lines = [line for line in head.split("---")[1].splitlines() if line.startswith("license:")] if "---" in head else []
+    return lines[0].partition(":")[2].strip() if lines else None
+
+
+def identity(item: Input, ledger: Ledger) -> dict[str, Any]:
+    """How the manifest names an input: label, revision, files, and the digest of what was read."""
+    import xxhash
+
+    from .card import public_name
+
+    digests = ledger.digests(item.checkpoint.label)
+    lines = "".join(f"{name} {digest}\n" for name, digest in digests.items())
+    return {
+        "model": public_name(item.label, item.is_local),
+        "revision": item.checkpoint.revision,
+        "files": [{"name": file.path.name, "size": file.size} for file in item.checkpoint.files()],
+        "tensors_read": len(digests),
+        "digest": xxhash.xxh3_128_hexdigest(lines.encode()),
+    }

@@ -1,0 +1,225 @@
+"""`smelt merge`: plan, run, publish."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from .. import storage
+from ..checkpoint import CheckpointWriter, TensorInfo, plan_shards
+from ..errors import InputRejected, show
+from ..kernels.program import Copy
+from ..methods import Model
+from .backbone import compare_backbones
+from .card import card, is_hub_id, public_name, public_recipe
+from .config import patched_config
+from .device import mapper_for
+from .execute import Executor, Job, Steps
+from .inputs import identity, licence_of, side_files
+from .manifest import NAME, dump, manifest
+from .options import options_of
+from .plan import Output, Plan, RecipeLike, make_plan, read_recipe
+from .progress import Progress, Silent
+from .publish import check_destination, check_space, staging
+from .sink import DiskSink
+from .whole import read_whole
+
+
+@dataclass
+class Artifact:
+    """What a merge published."""
+
+    path: Path
+    tensors: int
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    warnings: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "path": str(self.path), "tensors": self.tensors, "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written, "seconds": round(self.seconds, 3), "warnings": self.warnings,
+        }  # fmt: skip
+
+
+def merge(recipe: RecipeLike, out: str | Path, *, progress: Progress | None = None, **options: Any) -> Artifact:
+    """Run a recipe and publish the result as the new folder ``out``: whole, or not at all.
+
+    Parameters
+    ----------
+    recipe: path to a YAML file, a mapping of the same content, or parsed recipes.
+    out: a folder that does not exist yet, or is empty.
+    options: device ("cpu", "cuda"), threads, memory ("1GiB"), seed, shard_size ("5GB"), on_extra
+        ("error", "copy", "drop": a tensor that only some models have), on_nonfinite ("error", "warn",
+        "allow"), force (merge models that do not share a backbone), strict (warnings are errors), card.
+
+    Raises UsageError, InputRejected or OperationFailed; then ``out`` does not exist.
+    """
+    started = time.monotonic()
+    out = Path(out)
+    plan = make_plan(read_recipe(recipe), options_of(**options))
+    try:
+        warnings = [*plan.notices, *_check_before_running(plan, out)]
+        with staging(out) as folder:
+            digests = _write_weights(plan, folder, progress or Silent(), warnings.append)
+            plan.inputs.check_unchanged()
+            _write_side_files(plan, folder, out.name, digests, warnings)
+    finally:
+        plan.close()
+    seconds = time.monotonic() - started
+    return Artifact(out, len(plan.outputs), plan.bytes_read, plan.bytes_written, seconds, warnings)
+
+
+# --- before ---------------------------------------------------------------------------------------------
+
+
+def _check_before_running(plan: Plan, out: Path) -> list[str]:
+    """Destination, disk, backbone, integers: everything that can fail before the first byte is written."""
+    check_destination(out, plan.inputs.folders())
+    check_space(out, plan.disk_needed)
+    InputRejected.gather(problem for output in plan.outputs for problem in _differing_integers(output))
+    return _check_backbones(plan)
+
+
+def _check_backbones(plan: Plan) -> list[str]:
+    """Refuse models of different descent unless forced; returns what is only worth a warning."""
+    if plan.recipe.models is None or plan.method.max_models == 1 and plan.method.base == "ignored":
+        return []
+    base = plan.inputs[plan.recipe.base_model] if plan.recipe.base_model is not None else None
+    models = [item.checkpoint for item in plan.inputs if item is not base]
+    findings = compare_backbones(models, base.checkpoint if base is not None else None)
+    errors = [finding.message for finding in findings if finding.severity == "error"]
+    if errors and not plan.options.force:
+        InputRejected.gather([*errors[:-1], f"{errors[-1]} (--force merges them all the same)"])
+    warnings = [finding.message for finding in findings if finding.severity == "warning"]
+    if plan.options.strict:
+        InputRejected.gather(warnings)
+    return [*errors, *warnings]
+
+
+def _differing_integers(output: Output) -> list[str]:
+    """Integer tensors are copied, so all models must have the same."""
+    sources = output.piece.sources
+    if output.tensor is not None or len(sources) < 2:
+        return []
+    first = read_whole(sources[0].input.operand(sources[0].name, None))
+    return [
+        f"tensor {show(output.name)} ({output.dtype}) is not merged but copied, and differs between "
+        f"{sources[0].input.label} and {source.input.label}"
+        for source in sources[1:]
+        if (read_whole(source.input.operand(source.name, None)) != first).any()
+    ]
+
+
+# --- the weights ----------------------------------------------------------------------------------------
+
+
+def _write_weights(plan: Plan, folder: Path, progress: Progress, warn: Callable[[str], None]) -> dict[str, Any]:
+    """Merge and write every tensor; returns name -> dtype, shape, file, sha256."""
+    shards = plan_shards([TensorInfo(o.name, o.dtype, o.shape) for o in plan.outputs], plan.options.shard_size)
+    writer = CheckpointWriter(folder, shards)
+    try:
+        sink = DiskSink(writer, [output.name for output in plan.outputs])
+        progress.start(plan.bytes_read + plan.bytes_written, "merging")
+        _execute(plan, sink, progress, warn)
+        writer.finish()
+    finally:
+        writer.abort()
+        progress.finish()
+    homes = {name: shard.file for shard in shards for name in shard.offsets}
+    sums = sink.sha256()
+    return {
+        o.name: {"dtype": o.dtype, "shape": list(o.shape), "file": homes[o.name], "sha256": sums[o.name]}
+        for o in plan.outputs
+    }
+
+
+def _execute(plan: Plan, sink: DiskSink, progress: Progress, warn: Callable[[str], None]) -> None:
+    options = plan.options
+    mapper = mapper_for(options.device, options.on_nonfinite, warn)
+    with Executor(sink, mapper, threads=options.threads, budget=options.tile_budget, progress=progress) as executor:
+        outputs = _surveyed(plan, executor)
+        executor.run([_job(plan, output) for output in sorted(outputs, key=_disk_order)])
+
+
+def _surveyed(plan: Plan, executor: Executor) -> Sequence[Output]:
+    """Give every merged tensor what the method knows of the whole model."""
+    tensors = tuple(output.tensor for output in plan.outputs if output.tensor is not None)
+    if plan.method.survey is None or not tensors:
+        return plan.outputs
+    known = executor.survey(plan.method.survey(Model(tuple(sorted(tensors, key=lambda tensor: tensor.name)))))
+    return [
+        output if output.tensor is None else replace(output, tensor=replace(output.tensor, survey=known))
+        for output in plan.outputs
+    ]
+
+
+def _disk_order(output: Output) -> tuple[str, int]:
+    """Where the tensor's first source lies, so that files are read front to back."""
+    source = output.piece.sources[0]
+    info = source.input.checkpoint.tensors[source.name]
+    return info.file, info.offset
+
+
+def _job(plan: Plan, output: Output) -> Job:
+    operands = [source.input.operand(source.name, plan.inputs.ledger) for source in output.piece.sources]
+    tensor = output.tensor
+    if tensor is None:
+        return Job(output.name, output.dtype, output.count, operands[:1], lambda: Copy(operands[0]))
+
+    def begin() -> Steps | Any:
+        return plan.method.merge(tensor)
+
+    return Job(output.name, output.dtype, output.count, operands, begin)
+
+
+# --- what travels with them -----------------------------------------------------------------------------
+
+
+def _write_side_files(
+    plan: Plan, folder: Path, title: str, tensors: dict[str, Any], warnings: list[str]
+) -> None:
+    """Config, tokenizer, model card, and last the manifest with the SHA-256 of all of them."""
+    donor = plan.inputs.donor
+    files = side_files(donor.checkpoint)
+    config = patched_config(plan)
+    if config is not None:
+        files["config.json"] = config
+    if plan.options.card:
+        files["README.md"] = _card(plan, title, warnings).encode()
+    for name, data in sorted(files.items()):
+        storage.write_small(folder / name, data)
+    sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    index = "model.safetensors.index.json"
+    if index in storage.listdir(folder):
+        sums[index] = hashlib.sha256(storage.read_small(folder / index, 1 << 28)).hexdigest()
+    content = manifest(
+        recipe=_public_recipe(plan), method=plan.method.name, variant=plan.variant, seed=plan.seed,
+        inputs=[identity(item, plan.inputs.ledger) for item in plan.inputs],
+        tensors=tensors, files=sums, notices=warnings,
+    )  # fmt: skip
+    storage.write_small(folder / NAME, dump(content))
+
+
+def _card(plan: Plan, title: str, notices: Sequence[str]) -> str:
+    base = plan.recipe.base_model
+    items = [item for item in plan.inputs if base is None or item.label != base.text]
+    return card(
+        title=title,
+        method=plan.method,
+        base=None if base is None else public_name(base.text, plan.inputs[base].is_local),
+        models=[public_name(item.label, item.is_local) for item in items],
+        hub_ids=[item.label for item in plan.inputs if not item.is_local and is_hub_id(item.label)],
+        license_name=licence_of(plan.inputs),
+        recipe=_public_recipe(plan),
+        notices=notices,
+    )
+
+
+def _public_recipe(plan: Plan) -> str:
+    return public_recipe(plan.recipe.text, [item.label for item in plan.inputs if item.is_local])

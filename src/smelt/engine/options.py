@@ -1,0 +1,71 @@
+"""The options of a run, checked."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from ..errors import UsageError
+from ..recipe import parse_size
+from .execute import usable_cores
+
+#: Memory that Python, numpy and the compiler take before any weight is read.
+BASELINE = 192 << 20
+
+#: The least ``--memory``.
+LEAST_MEMORY = 256 << 20
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the caller chose. ``memory`` bounds the process, of which tiles get a third."""
+
+    device: str = "cpu"
+    threads: int = 1
+    memory: int = 1 << 30
+    seed: int | None = None
+    shard_size: int = 5 * 10**9
+    on_extra: Literal["error", "copy", "drop"] = "error"
+    on_nonfinite: Literal["error", "warn", "allow"] = "error"
+    force: bool = False
+    strict: bool = False
+    card: bool = True
+
+    @property
+    def tile_budget(self) -> int:
+        """Bytes of tiles that may be held at once."""
+        return self.memory * 11 // 32
+
+
+def options_of(
+    *, device: str = "cpu", threads: int | None = None, memory: str | int = "1GiB", seed: int | None = None,
+    shard_size: str | int = "5GB", on_extra: str = "error", on_nonfinite: str = "error", force: bool = False,
+    strict: bool = False, card: bool = True,
+) -> Options:  # fmt: skip
+    """Check every option; UsageError with all that is wrong."""
+    problems = []
+    if threads is not None and threads < 1:
+        problems.append(f"threads must be at least 1, not {threads}")
+    if on_extra not in ("error", "copy", "drop"):
+        problems.append(f"on_extra must be error, copy or drop, not {on_extra!r}")
+    if on_nonfinite not in ("error", "warn", "allow"):
+        problems.append(f"on_nonfinite must be error, warn or allow, not {on_nonfinite!r}")
+    if device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", device):
+        problems.append(f"device must be cpu, cuda or cuda:N, not {device!r}")
+    budget, shard = _size(memory, "memory", problems), _size(shard_size, "shard_size", problems)
+    if budget < LEAST_MEMORY and not problems:
+        problems.append(f"memory must be at least 256MiB, not {memory}")
+    UsageError.gather(problems)
+    return Options(
+        device, threads or usable_cores(), budget, seed, shard, on_extra, on_nonfinite, force, strict, card,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def _size(value: str | int, name: str, problems: list[str]) -> int:
+    """Bytes; what is wrong is appended to ``problems``."""
+    try:
+        return parse_size(value)
+    except UsageError as error:
+        problems.append(f"{name}: {error}")
+        return 1

@@ -1,0 +1,293 @@
+"""The plan: from recipe and headers alone, every output tensor, its operands, passes, bytes and memory.
+
+Every error that can be known before a weight is read surfaces here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from .. import storage
+from ..errors import InputRejected, UsageError, show
+from ..kernels.dtypes import DTYPES
+from ..methods import Method, Tensor, get
+from ..recipe import Recipe, not_yet, parse, parse_mapping, single
+from .inputs import Inputs, side_files
+from .layout import Layout, Piece, Source, layout
+from .options import BASELINE, Options, options_of
+from .parameters import check_counts
+from .settings import Resolver, check_settings, unmatched_filters, whole_model_values
+from .tiles import TILE
+from .types import common_dtype
+
+
+@dataclass(frozen=True, eq=False)
+class Output:
+    """One tensor of the result. ``tensor`` is what the method sees, None where the first source is copied."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    piece: Piece
+    tensor: Tensor | None
+
+    @property
+    def count(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * DTYPES[self.dtype].bits // 8
+
+    @property
+    def input_bytes(self) -> int:
+        return sum(source.input.checkpoint.tensors[source.name].nbytes for source in self.piece.sources)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The exact work. ``close()`` releases the inputs."""
+
+    recipe: Recipe
+    method: Method
+    variant: str
+    seed: int
+    options: Options
+    inputs: Inputs
+    layout: Layout
+    outputs: tuple[Output, ...]
+    notices: list[str] = field(default_factory=list)
+
+    @property
+    def passes(self) -> tuple[int, int]:
+        """(readings of all inputs for whole-model statistics, passes over a tensor's tiles before its output)."""
+        merged = [output.tensor.shared for output in self.outputs if output.tensor is not None]
+        return self.method.passes(dict(merged[0])) if merged else (0, 0)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from the inputs, every reading counted; tensors that fit the budget are read once."""
+        whole, _ = self.passes
+        return sum(output.input_bytes * (self._readings(output) + whole) for output in self.outputs)
+
+    def _readings(self, output: Output) -> int:
+        _, statistics = self.passes
+        fits = 2 * output.input_bytes <= self.options.tile_budget
+        return 1 if fits or output.tensor is None else 1 + statistics
+
+    @property
+    def bytes_written(self) -> int:
+        return sum(output.nbytes for output in self.outputs)
+
+    @property
+    def disk_needed(self) -> int:
+        """Weights with their headers, and the side files."""
+        return self.bytes_written + 512 * len(self.outputs) + sum(map(len, self._side_files().values())) + (1 << 20)
+
+    def _side_files(self) -> Mapping[str, bytes]:
+        return side_files(self.inputs.donor.checkpoint)
+
+    @property
+    def peak_memory(self) -> int:
+        """Expected resident memory in bytes: the process itself and the tiles in flight."""
+        most = max((output.input_bytes + output.nbytes for output in self.outputs), default=0)
+        return BASELINE + min(self.options.tile_budget, max(most, self.options.threads * 8 * 2 * TILE))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for ``--json``."""
+        return {
+            "method": self.method.name, "variant": self.variant, "seed": self.seed, "tensors": len(self.outputs),
+            "parameters": sum(output.count for output in self.outputs), "layers": self.layout.layers,
+            "passes": {"whole_model": self.passes[0], "per_tensor": self.passes[1]},
+            "bytes_read": self.bytes_read, "bytes_written": self.bytes_written, "disk_needed": self.disk_needed,
+            "peak_memory": self.peak_memory, "threads": self.options.threads, "device": self.options.device,
+            "inputs": [item.label for item in self.inputs], "notices": self.notices, "rows": self.rows(),
+        }  # fmt: skip
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per output tensor."""
+        return [
+            {
+                "tensor": output.name, "dtype": output.dtype, "shape": list(output.shape), "bytes": output.nbytes,
+                "action": "merge" if output.tensor is not None else "copy", "why": output.piece.why,
+                "from": [f"{source.input.label}:{source.name}" for source in output.piece.sources],
+                "parameters": _shown(output.tensor),
+            }
+            for output in self.outputs
+        ]  # fmt: skip
+
+    def close(self) -> None:
+        self.inputs.close()
+
+
+def _shown(tensor: Tensor | None) -> dict[str, Any]:
+    if tensor is None:
+        return {}
+    return {**tensor.shared, **{name: list(values) for name, values in tensor.each.items()}}
+
+
+RecipeLike = str | Path | Mapping[str, Any] | Recipe | Sequence[Recipe]
+
+
+def plan(recipe: RecipeLike, **options: Any) -> Plan:
+    """Plan a merge without reading a weight.
+
+    ``recipe``: a path to a YAML file, a mapping of the same content, or parsed recipes. ``options``: as
+    :func:`smelt.merge`. Raises UsageError or InputRejected with everything that is wrong.
+    """
+    return make_plan(read_recipe(recipe), options_of(**options))
+
+
+def read_recipe(recipe: RecipeLike) -> Recipe:
+    """The one recipe of a document that this version can run."""
+    if isinstance(recipe, Recipe):
+        recipes: Sequence[Recipe] = [recipe]
+    elif isinstance(recipe, Mapping):
+        recipes = parse_mapping(recipe)
+    elif isinstance(recipe, str | Path):
+        path = Path(recipe)
+        if not path.is_file():
+            raise UsageError(f"no such recipe file: {show(recipe)}")
+        try:
+            recipes = parse(storage.read_small(path, 1 << 20).decode("utf-8"), str(recipe))
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{show(recipe)} is not UTF-8 text: {error}") from error
+    else:
+        recipes = recipe
+    return single(recipes)
+
+
+def make_plan(recipe: Recipe, options: Options) -> Plan:
+    """Check the recipe against the registry, open the inputs, lay out the output, resolve parameters."""
+    method = get(recipe.method)
+    UsageError.gather([*not_yet(recipe), *check_settings(recipe, method), *_counts(recipe, method)])
+    inputs = Inputs(recipe)
+    try:
+        return _planned(recipe, method, options, inputs)
+    except BaseException:
+        inputs.close()
+        raise
+
+
+def _counts(recipe: Recipe, method: Method) -> list[str]:
+    """What is wrong with the number of inputs, for each group that is merged together."""
+    base = recipe.base_model
+    groups = [recipe.models] if recipe.models is not None else [part.sources for part in recipe.slices or ()]
+    problems = []
+    for group in groups:
+        names = [entry.model.text for entry in group or ()]
+        if method.base == "ignored":
+            extra = base is not None and recipe.models is not None and base.text not in names
+            problems += check_counts(method, len(names) + extra, False)
+        else:
+            problems += check_counts(method, len(names) - (base is not None and base.text in names), base is not None)
+    return list(dict.fromkeys(problems))
+
+
+def _planned(recipe: Recipe, method: Method, options: Options, inputs: Inputs) -> Plan:
+    inputs.refuse_quantised()
+    chart = layout(recipe, inputs, method.base, options.on_extra)
+    resolver = Resolver(recipe, method)
+    seed = options.seed if options.seed is not None else (recipe.seed or 0)
+    outputs = [_output(recipe, method, piece, resolver, inputs, seed) for piece in chart.pieces]
+    resolver.raise_missing()
+    merged = [output.tensor for output in outputs if output.tensor is not None]
+    problems = [problem for output in outputs for problem in _shape_problems(output)]
+    InputRejected.gather(problems)
+    if method.survey is not None and method.passes(dict(merged[0].shared))[0] if merged else False:
+        UsageError.gather(whole_model_values(method, [(dict(t.shared), dict(t.each)) for t in merged]))
+    names = [source.name for output in outputs for source in output.piece.sources]
+    filters = unmatched_filters(recipe, names)
+    if options.strict:
+        UsageError.gather(filters)
+    notices = [*recipe.notices, *inputs.notices(), *chart.notices, *filters]
+    return Plan(recipe, method, resolver.variant, seed, options, inputs, chart, tuple(outputs), notices)
+
+
+def _output(
+    recipe: Recipe, method: Method, piece: Piece, resolver: Resolver, inputs: Inputs, seed: int
+) -> Output:
+    """One output tensor: what it is made of, in which dtype."""
+    infos = [source.input.checkpoint.tensors[source.name] for source in piece.sources]
+    piece = _decided(piece, method, resolver, [info.dtype for info in infos])
+    dtype = _dtype(recipe, [info.dtype for info in infos])
+    tensor = None if piece.action == "copy" else _tensor(method, piece, resolver, inputs, seed)
+    return Output(piece.name, dtype, infos[0].shape, piece, tensor)
+
+
+def _dtype(recipe: Recipe, codes: Sequence[str]) -> str:
+    """out_dtype, else dtype, else the inputs' common type; integers stay what they are."""
+    if not DTYPES[codes[0]].arithmetic:
+        return codes[0]
+    return recipe.written_dtype or common_dtype(codes)
+
+
+def _decided(piece: Piece, method: Method, resolver: Resolver, codes: Sequence[str]) -> Piece:
+    """Copy instead of merging: buffers, integers and what ``exclude`` names."""
+    if piece.action == "copy":
+        return piece
+    role = piece.sources[0].input.structure.get(piece.sources[0].name)
+    if not DTYPES[codes[0]].arithmetic:
+        return _copied(piece, "not a floating tensor")
+    if role is not None and role.role == "buffer":
+        return _copied(piece, "a buffer, not a weight")
+    if method.parameter("exclude") and _excluded(piece.name, resolver.shared(piece).get("exclude", ())):
+        return _copied(piece, "excluded", method.keeps_excluded)
+    return piece
+
+
+def _copied(piece: Piece, why: str, keep: str = "base") -> Piece:
+    """A piece that is taken from the base, or the first model."""
+    base = [s for s in piece.sources if piece.base is not None and s.input.label == piece.base.text]
+    others = [s for s in piece.sources if s not in base]
+    chosen = others[0] if keep == "model" and len(others) == 1 else (base or others)[0]
+    rest = tuple(source for source in piece.sources if source is not chosen)
+    return replace(piece, sources=(chosen, *rest) if why.startswith("not a") else (chosen,), action="copy", why=why)
+
+
+def _excluded(name: str, patterns: Sequence[str]) -> bool:
+    import re
+
+    return any(re.match(pattern, name) for pattern in patterns)
+
+
+def _tensor(method: Method, piece: Piece, resolver: Resolver, inputs: Inputs, seed: int) -> Tensor:
+    base, merged = _split(method, piece)
+    return Tensor(
+        name=piece.name,
+        base=None if base is None else base.input.operand(base.name, inputs.ledger),
+        models=tuple(source.input.operand(source.name, inputs.ledger) for source in merged),
+        shared=resolver.shared(piece),
+        each=resolver.each(piece, merged),
+        seed=seed,
+    )
+
+
+def _split(method: Method, piece: Piece) -> tuple[Source | None, tuple[Source, ...]]:
+    """The base's source and the merged ones; for methods that know no base, every source is merged."""
+    if method.base == "ignored" or piece.base is None:
+        return None, piece.sources
+    base = next((source for source in piece.sources if source.input.label == piece.base.text), None)
+    return base, tuple(source for source in piece.sources if source is not base)
+
+
+def _shape_problems(output: Output) -> list[str]:
+    """Sources of one tensor that differ in shape or in kind."""
+    infos = {s.input.label: s.input.checkpoint.tensors[s.name] for s in output.piece.sources}
+    if len({info.shape for info in infos.values()}) > 1:
+        shapes = ", ".join(f"{label} {list(info.shape)}" for label, info in infos.items())
+        first = output.piece.sources[0]
+        axis = first.input.structure.vocabulary_axis(first.name)
+        hint = "" if axis is None else ": vocabularies differ, which needs a tokenizer section (a later version)"
+        return [f"tensor {show(output.name)}: shapes differ: {shapes}{hint}"]
+    kinds = {DTYPES[info.dtype].arithmetic for info in infos.values()}
+    if len(kinds) > 1:
+        dtypes = ", ".join(f"{label} {info.dtype}" for label, info in infos.items())
+        return [f"tensor {show(output.name)}: floating in some models and not in others: {dtypes}"]
+    return []
+
+

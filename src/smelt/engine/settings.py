@@ -1,0 +1,143 @@
+"""A recipe's parameters against a method's: checked before anything is read, then resolved per tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ..errors import UsageError
+from ..methods import REQUIRED, Method, Parameter
+from ..recipe import Recipe, Setting, convert, did_you_mean, levels, resolve_parameter
+from .layout import Piece, Source
+
+
+def check_settings(recipe: Recipe, method: Method) -> list[str]:
+    """Every wrong name, place, type and range among the recipe's parameters, with line and column."""
+    known = {parameter.name: parameter for parameter in method.all_parameters}
+    problems = []
+    for _, name, setting, level in recipe.all_settings():
+        parameter = known.get(name)
+        if parameter is None:
+            hint = did_you_mean(name, known)
+            problems.append(setting.position.report(f"{method.name} has no parameter {name!r}{hint}"))
+        elif level == "source" and not parameter.per_model:
+            problems.append(setting.position.report(f"{name} holds for all models: move it to the top level"))
+        else:
+            problems += _check_values(parameter, setting)
+    return problems
+
+
+def _check_values(parameter: Parameter, setting: Setting) -> Iterator[str]:
+    if parameter.kind == "strings":
+        try:
+            setting.words()
+        except ValueError as error:
+            yield setting.position.report(f"{parameter.name}: {error}")
+        return
+    for entry in setting.values():
+        try:
+            problem = parameter.problem_with(convert(entry.value, parameter.kind))
+        except ValueError as error:
+            problem = f"{parameter.name}: {error}"
+        if problem:
+            yield entry.position.report(problem)
+
+
+def variant_of(recipe: Recipe, method: Method) -> str:
+    """``variant:`` if the recipe says it; mergekit's flavour when every key is one that mergekit has.
+
+    So a recipe that people have on disk gives mergekit's numbers, and one that uses what only smelt has
+    follows the paper.
+    """
+    if len(method.variants) < 2:
+        return method.variants[0]
+    used = {setting.name for setting in recipe.all_settings()}
+    if "variant" in recipe.parameters:
+        return str(recipe.parameters["variant"].resolve(0.0, ""))
+    theirs = {parameter.name for parameter in method.parameters if parameter.mergekit}
+    plain = used <= theirs and recipe.scope is None
+    return "mergekit" if plain and "mergekit" in method.variants else method.variants[0]
+
+
+class Resolver:
+    """The values of all parameters for each output tensor."""
+
+    def __init__(self, recipe: Recipe, method: Method) -> None:
+        self._recipe = recipe
+        self._method = method
+        self.variant = variant_of(recipe, method)
+        self._missing: dict[str, None] = {}
+
+    def shared(self, piece: Piece) -> dict[str, Any]:
+        """Values of the shared parameters for one output tensor."""
+        values: dict[str, Any] = {}
+        for parameter in self._method.all_parameters:
+            if not parameter.per_model:
+                values[parameter.name] = self._value(parameter, piece, None)
+        return {**values, **self._fixed()}
+
+    def _fixed(self) -> dict[str, Any]:
+        """What the recipe says outside ``parameters``."""
+        fixed: dict[str, Any] = {"variant": self.variant} if len(self._method.variants) > 1 else {}
+        if self._recipe.scope is not None:
+            fixed["scope"] = self._recipe.scope
+        return fixed
+
+    def each(self, piece: Piece, merged: Sequence[Source]) -> dict[str, tuple[Any, ...]]:
+        """Values of the per-model parameters, one per merged source."""
+        return {
+            parameter.name: tuple(self._value(parameter, piece, source) for source in merged)
+            for parameter in self._method.all_parameters
+            if parameter.per_model
+        }
+
+    def _value(self, parameter: Parameter, piece: Piece, source: Source | None) -> Any:
+        entry = source.entry if source is not None else None
+        asked = levels(self._recipe, source=entry, piece=piece.part)
+        if parameter.kind == "strings":
+            return next((level[parameter.name].words() for level in asked if parameter.name in level), parameter.default)
+        name = source.name if source is not None else piece.name
+        value = resolve_parameter(parameter.name, asked, tensor_name=name, t=piece.t)
+        if value is None:
+            value = parameter.default_for(self.variant)
+        if value is REQUIRED:
+            owner = f" for {source.input.label}" if source is not None else ""
+            self._missing[f"{self._method.name}: {parameter.name} is required{owner} (tensor {piece.name})"] = None
+            return 1.0
+        return convert(value, parameter.kind)
+
+    def raise_missing(self) -> None:
+        """UsageError naming the parameters that had no value, one tensor each as an example."""
+        seen: dict[str, str] = {}
+        for message in self._missing:
+            seen.setdefault(message.partition(" (tensor")[0], message)
+        UsageError.gather(seen.values())
+
+
+def unmatched_filters(recipe: Recipe, names: Sequence[str]) -> list[str]:
+    """Filters that no tensor name contains: most likely a typing error."""
+    return [
+        position.report(f"filter {text!r} matches no tensor")
+        for placed in recipe.all_settings()
+        for text, position in placed.setting.filters()
+        if not any(text in name for name in names)
+    ]
+
+
+def whole_model_values(method: Method, views: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> list[str]:
+    """With whole-model statistics every parameter must be the same for all tensors: those that are not."""
+    if not views:
+        return []
+    shared, each = views[0]
+    varying = {
+        name
+        for other_shared, other_each in views
+        for name in {**shared, **each}
+        if other_shared.get(name) != shared.get(name) or other_each.get(name) != each.get(name)
+    }
+    return [
+        f"{method.name} with whole-model statistics: {name} must be one number for all tensors, not a gradient or filter"
+        for name in sorted(varying)
+    ]
+
+

@@ -1,0 +1,110 @@
+"""`smelt verify`: read an artefact again and compare every byte with its manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import storage
+from ..checkpoint import Checkpoint, load
+from ..errors import InputRejected, show
+from ..kernels.dtypes import DTYPES
+from .manifest import FORMAT, NAME
+from .progress import Progress, Silent
+from .tiles import TILE
+
+
+@dataclass
+class Verification:
+    """What :func:`verify` found. ``ok`` when nothing differs."""
+
+    folder: Path
+    tensors: int = 0
+    files: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"ok": self.ok, "tensors": self.tensors, "files": self.files, "problems": self.problems}
+
+
+def verify(folder: str | Path, *, progress: Progress | None = None) -> Verification:
+    """Hash every tensor and side file of an artefact and compare with its manifest.
+
+    Raises InputRejected when there is no usable manifest; a difference is a problem in the result.
+    """
+    folder = Path(folder)
+    content = read_manifest(folder)
+    found = Verification(folder)
+    _verify_files(folder, content["files"], found)
+    if found.ok:
+        _verify_tensors(folder, content["tensors"], found, progress or Silent())
+    return found
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / NAME
+    if not path.is_file():
+        raise InputRejected(f"{show(folder)} has no {NAME}: it was not made by smelt, or is not whole")
+    try:
+        content = json.loads(storage.read_small(path, 1 << 28))
+        if content["format"] != FORMAT or not isinstance(content["tensors"], dict | Mapping):
+            raise ValueError(f"format {content['format']!r}, expected {FORMAT}")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputRejected(f"{show(path)} is not a manifest that this version reads: {error}") from error
+    return content  # type: ignore[no-any-return]
+
+
+def _verify_files(folder: Path, wanted: Mapping[str, str], found: Verification) -> None:
+    """Side files byte by byte; files that nobody listed."""
+    present = set(storage.listdir(folder)) - {NAME}
+    weights = {name for name in present if name.endswith(".safetensors")}
+    found.problems += [f"file {show(name)} is missing" for name in sorted(set(wanted) - present)]
+    found.problems += [f"file {show(name)} is not in the manifest" for name in sorted(present - weights - set(wanted))]
+    for name in sorted(set(wanted) & present):
+        found.files += 1
+        if hashlib.sha256(storage.read_small(folder / name, 1 << 33)).hexdigest() != wanted[name]:
+            found.problems.append(f"file {show(name)} differs from the manifest")
+
+
+def _verify_tensors(folder: Path, wanted: Mapping[str, Any], found: Verification, progress: Progress) -> None:
+    with load(folder) as checkpoint:
+        names = set(checkpoint.tensors)
+        found.problems += [f"tensor {show(name)} is missing" for name in sorted(set(wanted) - names)]
+        found.problems += [f"tensor {show(name)} is not in the manifest" for name in sorted(names - set(wanted))]
+        progress.start(sum(info.nbytes for info in checkpoint.tensors.values()), "verifying")
+        for name in sorted(set(wanted) & names):
+            found.problems += _difference(checkpoint, name, wanted[name], progress)
+            found.tensors += 1
+        progress.finish()
+
+
+def _difference(checkpoint: Checkpoint, name: str, wanted: Mapping[str, Any], progress: Progress) -> list[str]:
+    info = checkpoint.tensors[name]
+    if [info.dtype, list(info.shape)] != [wanted["dtype"], wanted["shape"]]:
+        return [f"tensor {show(name)} is {info.dtype} {list(info.shape)}, expected {wanted['dtype']} {wanted['shape']}"]
+    if sha256_of(checkpoint, name, progress) != wanted["sha256"]:
+        return [f"tensor {show(name)} in {show(info.file)} differs from the manifest"]
+    return []
+
+
+def sha256_of(checkpoint: Checkpoint, name: str, progress: Progress) -> str:
+    """SHA-256 of a tensor's stored bytes, read tile by tile."""
+    info = checkpoint.tensors[name]
+    digest = hashlib.sha256()
+    buffer = np.empty(min(TILE, info.count), DTYPES[info.dtype].storage)
+    for start in range(0, info.count, TILE):
+        part = buffer[: min(TILE, info.count - start)]
+        checkpoint.read(name, start, part)
+        digest.update(part.data)
+        progress.advance(part.nbytes)
+    return digest.hexdigest()

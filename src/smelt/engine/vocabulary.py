@@ -1,0 +1,101 @@
+"""Do the models mean the same token by the same id? From the tokenizer files, as plain JSON.
+
+Embedding rows are merged by position. Where two tokenizers give one id to two strings, a merged row is
+the mean of two unrelated tokens, and no shape shows it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import storage
+from ..checkpoint import Checkpoint
+from ..errors import InputRejected, show
+from .backbone import Finding
+
+#: Files that hold a whole vocabulary; the first one that a folder has counts.
+_FILES = ("tokenizer.json", "vocab.json")
+_LARGEST_FILE = 1 << 28  # bytes
+_EXAMPLES = 3
+
+
+def compare_vocabularies(models: Sequence[Checkpoint], base: Checkpoint | None) -> list[Finding]:
+    """Compare every model's tokens with the base's (else the first model's that has a tokenizer).
+
+    Error ``tokens-differ``: an id of the ordinary vocabulary stands for two strings. Warnings: only added or
+    special tokens differ (``special-tokens-differ``), or one has more tokens (``vocabulary-sizes-differ``).
+    Raises InputRejected when a tokenizer file is not JSON of the known layout.
+    """
+    everyone = [*([base] if base is not None else []), *models]
+    raw = [(checkpoint, content) for checkpoint in everyone if (content := _content(checkpoint)) is not None]
+    if not raw or all(content == raw[0][1] for _, content in raw):
+        return []
+    first, *others = [
+        (checkpoint.label, _Vocabulary(checkpoint.label, *content)) for checkpoint, content in raw
+    ]
+    return [finding for other in others for finding in _compare(*first, *other)]
+
+
+def _content(checkpoint: Checkpoint) -> tuple[str, bytes] | None:
+    """Name and bytes of the file that holds the vocabulary."""
+    if checkpoint.folder is None:
+        return None
+    present = set(storage.listdir(checkpoint.folder))
+    for name in _FILES:
+        if name in present:
+            return name, storage.read_small(Path(checkpoint.folder) / name, _LARGEST_FILE)
+    return None
+
+
+class _Vocabulary:
+    """id -> token; ``added`` are the ids that were added to the ordinary vocabulary (special or not)."""
+
+    def __init__(self, label: str, name: str, content: bytes) -> None:
+        try:
+            tree = json.loads(content)
+            ordinary = tree["model"]["vocab"] if name == "tokenizer.json" else tree
+            self.tokens = _by_id(ordinary)
+            extra = tree.get("added_tokens", []) if name == "tokenizer.json" else []
+            self.added = {int(token["id"]): str(token["content"]) for token in extra}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            problem = f"{show(label)}: {name} is not a tokenizer that smelt can read: {type(error).__name__}"
+            raise InputRejected(f"{problem} ({error})") from error
+        self.tokens.update(self.added)
+
+
+def _by_id(vocabulary: Any) -> dict[int, str]:
+    """BPE and WordPiece map token -> id, Unigram lists [token, score]."""
+    if isinstance(vocabulary, list):
+        return {index: str(entry[0]) for index, entry in enumerate(vocabulary)}
+    return {int(index): str(token) for token, index in vocabulary.items()}
+
+
+def _compare(label: str, first: _Vocabulary, other_label: str, other: _Vocabulary) -> list[Finding]:
+    shared = first.tokens.keys() & other.tokens.keys()
+    different = sorted(index for index in shared if first.tokens[index] != other.tokens[index])
+    special = first.added.keys() | other.added.keys()
+    ordinary = [index for index in different if index not in special]
+    found = []
+    if different:
+        found.append(_difference(label, first, other_label, other, ordinary or different, bool(ordinary)))
+    sizes = (len(first.tokens), len(other.tokens))
+    if sizes[0] != sizes[1]:
+        text = f"{show(other_label)} has {sizes[1]} tokens, {show(label)} has {sizes[0]}"
+        facts = {"tokens": sizes}
+        found.append(Finding("warning", "vocabulary-sizes-differ", (other_label, label), text, facts))
+    return found
+
+
+def _difference(
+    label: str, first: _Vocabulary, other_label: str, other: _Vocabulary, ids: list[int], ordinary: bool
+) -> Finding:
+    examples = [(index, first.tokens[index], other.tokens[index]) for index in ids[:_EXAMPLES]]
+    listed = ", ".join(f"{index} is {show(a, 40)} and {show(b, 40)}" for index, a, b in examples)
+    kind = "tokens" if ordinary else "added tokens"
+    text = f"{show(label)} and {show(other_label)} mean different {kind} by {len(ids)} equal ids: {listed}"
+    facts = {"ids": len(ids), "examples": [list(example) for example in examples]}
+    code = "tokens-differ" if ordinary else "special-tokens-differ"
+    return Finding("error" if ordinary else "warning", code, (label, other_label), text, facts)

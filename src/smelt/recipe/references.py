@@ -1,0 +1,111 @@
+"""How a recipe names a model: ``path[@revision][+adapter[@revision]]``, or a mapping for odd paths."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ..errors import show
+from .language import ModelReference
+from .nodes import Fields, Leaf, Node, Position, Report
+from .sections import Section
+from .settings import HOLE, is_hole
+
+Part = tuple[str, str | None]
+
+
+def read_reference(node: Node, report: Report, key: str = "model") -> ModelReference | None:
+    """A model reference in either form, or None when it is wrong (``report`` tells)."""
+    if is_hole(node):
+        report.fail(node.position, HOLE)
+        return None
+    if isinstance(node, Fields):
+        return _from_mapping(node, report)
+    if not isinstance(node, Leaf) or not isinstance(node.value, str):
+        hint = " (quote it to make it text)" if isinstance(node, Leaf) else ""
+        report.fail(node.position, f"{key} must name a model, found {node}{hint}")
+        return None
+    try:
+        return parse_reference(node.value, node.position)
+    except ValueError as error:
+        report.fail(node.position, str(error))
+        return None
+
+
+def parse_reference(text: str, position: Position) -> ModelReference:
+    """``path[@revision][+adapter[@revision]]``. ValueError says what is wrong with ``text``."""
+    model, *adapters = text.split("+")
+    if len(adapters) > 1:
+        raise ValueError(
+            f"more than one + in {show(text)}; for a path with + write model: {{model: {{path: ...}}}}"
+        )
+    return _reference(_part(model), _part(adapters[0]) if adapters else None, None, position)
+
+
+def _part(text: str) -> Part:
+    path, *revisions = text.split("@")
+    if len(revisions) > 1:
+        raise ValueError(
+            f"more than one @ in {show(text)}; for a path with @ write model: {{model: {{path: ...}}}}"
+        )
+    if not path or revisions == [""]:
+        raise ValueError(f"{show(text)} does not name a model: it has an empty part")
+    return path, revisions[0] if revisions else None
+
+
+def _from_mapping(node: Fields, report: Report) -> ModelReference | None:
+    section = Section(node, ("model", "lora", "override_architecture"), "a model reference", report)
+    inner = section.require("model")
+    model = _read_part(inner, report) if inner else None
+    lora_node = section.get("lora")
+    lora = _read_part(lora_node, report) if lora_node else None
+    architecture = section.text("override_architecture")
+    if model is None or (lora_node and lora is None):
+        return None
+    return _reference(model, lora, architecture, node.position)
+
+
+def _read_part(node: Node, report: Report) -> Part | None:
+    if isinstance(node, Fields):
+        section = Section(node, ("path", "revision"), "a model path", report)
+        section.require("path")
+        path, revision = section.text("path"), section.text("revision")
+        return (path, revision) if path else None
+    if not isinstance(node, Leaf) or not isinstance(node.value, str):
+        report.fail(node.position, f"expected the path of a model, found {node}")
+        return None
+    try:
+        return _part(node.value)
+    except ValueError as error:
+        report.fail(node.position, str(error))
+        return None
+
+
+def _reference(
+    model: Part, lora: Part | None, architecture: str | None, position: Position
+) -> ModelReference:
+    (path, revision), (lora_path, lora_revision) = model, lora or (None, None)
+    return ModelReference(
+        _text(model, lora, architecture), path, position, revision, lora_path, lora_revision, architecture
+    )
+
+
+def _text(model: Part, lora: Part | None, architecture: str | None) -> str:
+    """The string form where it says the same, else the mapping as JSON: never one text for two models."""
+    parts = [part for part in (model, lora) if part]
+    spelt = "+".join("@".join(filter(None, part)) for part in parts)
+    if architecture is None and not any(
+        sign in (text or "") for part in parts for text in part for sign in "+@"
+    ):
+        return spelt
+    form: dict[str, Any] = {"model": _mapping(model)}
+    if lora:
+        form["lora"] = _mapping(lora)
+    if architecture:
+        form["override_architecture"] = architecture
+    return json.dumps(form)
+
+
+def _mapping(part: Part) -> dict[str, str | None]:
+    path, revision = part
+    return {"path": path, "revision": revision} if revision else {"path": path}

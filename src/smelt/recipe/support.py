@@ -1,0 +1,48 @@
+"""What this version reads and checks, but does not carry out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .language import InputModel, ModelReference, OutputSlice, Recipe
+from .nodes import Position
+
+_SENTENCE = "{} is understood but not executed by this version"
+
+Finding = tuple[Position, str]
+
+
+def not_yet(recipe: Recipe) -> list[str]:
+    """One line, with its place, for each field whose execution this version refuses."""
+    found = [*_sections(recipe), *_of_inputs(recipe), *_of_slices(recipe)]
+    for reference in recipe.references():
+        found += _of_reference(reference)
+    ordered = sorted(found, key=lambda finding: (finding[0].line, finding[0].column))
+    return list(dict.fromkeys(place.report(_SENTENCE.format(what)) for place, what in ordered))
+
+
+def _sections(recipe: Recipe) -> Iterator[Finding]:
+    for key in ("tokenizer", "tokenizer_source", "chat_template", "modules"):
+        if getattr(recipe, key) is not None:
+            yield recipe.position(key), key
+    if recipe.output and recipe.output.format != "safetensors":
+        yield recipe.position("output"), f"the output format {recipe.output.format}"
+
+
+def _of_inputs(recipe: Recipe) -> Iterator[Finding]:
+    inputs: list[InputModel] = [given for _, given in recipe.inputs()]
+    return ((given.statistics.position, "statistics") for given in inputs if given.statistics)
+
+
+def _of_slices(recipe: Recipe) -> Iterator[Finding]:
+    slices: list[OutputSlice] = [piece for _, piece in recipe.output_slices()]
+    return ((piece.position, "residual_weight") for piece in slices if piece.residual_weight is not None)
+
+
+def _of_reference(reference: ModelReference) -> Iterator[Finding]:
+    if reference.recipe:
+        yield reference.position, "a recipe in the place of a model"
+    if reference.lora:
+        yield reference.position, "an adapter (the part after +, or lora)"
+    if reference.override_architecture:
+        yield reference.position, "override_architecture"
