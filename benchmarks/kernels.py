@@ -92,9 +92,7 @@ def job_of(timed: Timed, inputs: dict[str, Resident]) -> Job:
     method = get(timed.method)
     models = tuple(inputs[name] for name in timed.models if name != BASE or method.base == "ignored")
     variant = {"variant": "mergekit"} if len(method.variants) > 1 else {}
-    shared, each = constant_parameters(
-        method, dict(timed.per_model + timed.shared) | variant, {}, len(models)
-    )
+    shared, each = constant_parameters(method, dict(timed.per_model + timed.shared) | variant, {}, len(models))
     base = inputs[BASE] if timed.base else None
     tensor = Tensor("w", base, models, shared, each)
     taking_part = dict.fromkeys([base, *models] if base else models)
@@ -110,9 +108,7 @@ def rate(timed: Timed, inputs: dict[str, Resident]) -> Rate:
 
     whole()
     formula = best(lambda: every_tile(mapper.call))
-    return Rate(
-        timed.method, len(job.inputs), job.input_bytes / 1e9 / formula, job.input_bytes / 1e9 / best(whole)
-    )
+    return Rate(timed.method, len(job.inputs), job.input_bytes / 1e9 / formula, job.input_bytes / 1e9 / best(whole))
 
 
 def every_tile(call: Call) -> None:
@@ -138,9 +134,7 @@ def best(action: Callable[[], None]) -> float:
 
 def main() -> None:
     inputs = operands()
-    session = Session(
-        command_line("benchmarks.kernels", sys.argv[1:]), machine(bench_dir()), versions(["smelt"])
-    )
+    session = Session(command_line("benchmarks.kernels", sys.argv[1:]), machine(bench_dir()), versions(["smelt"]))
     session.rates = [rate(timed, inputs) for timed in MERGES.values()]
     path: Path = report.sessions_dir() / f"{strftime('%Y%m%d-%H%M%S')}-kernels.json"
     session.save(path)

@@ -63,6 +63,16 @@ def busy_seconds() -> float:
     return (int(user) + int(nice) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
+def wait_until_quiet(patience: float) -> None:
+    """Wait until a second in which other work kept less than a fifth of a core busy, or ``patience`` ends."""
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        busy = busy_seconds()
+        time.sleep(1)
+        if busy_seconds() - busy < 0.2:
+            return
+
+
 class AnonymousPeak:
     """Sample the anonymous memory of a process and its children while the context lasts."""
 

@@ -98,6 +98,7 @@ def measure_all(options: argparse.Namespace, session: Session, path: Path) -> No
             print(f"{size} {method}: the inputs do not fit in memory, so there is no {state} run", flush=True)
             continue
         for number, name in alternate(options.entrants, options.rounds, options.mergekit_rounds):
+            measure.wait_until_quiet(options.patience)
             cached, cost = course.run(name, state)
             run = Run(size, method, state, name, number, cached, **asdict(cost))
             session.runs.append(run)
@@ -128,9 +129,7 @@ def some_of(allowed: Sequence[str]) -> Callable[[str], list[str]]:
     def parse(text: str) -> list[str]:
         wanted = text.split(",")
         if unknown := set(wanted) - set(allowed):
-            raise argparse.ArgumentTypeError(
-                f"{', '.join(sorted(unknown))}: choose from {', '.join(allowed)}"
-            )
+            raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: choose from {', '.join(allowed)}")
         return [name for name in allowed if name in wanted]
 
     return parse
@@ -144,6 +143,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--cache", type=some_of(tuple(BRING)), default="warm", help="warm, cold or both")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--mergekit-rounds", type=int, default=1, help="of the rounds, those with mergekit")
+    parser.add_argument("--patience", type=float, default=0, help="seconds to wait for a quiet machine before a run")
     return parser
 
 

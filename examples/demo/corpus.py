@@ -7,6 +7,7 @@ are enumerated. Nothing is downloaded. The same installation always gives the sa
 import ast
 import re
 import sysconfig
+import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ def load_domains(characters: int = 1_200_000, passages: int = 64) -> list[Domain
         text_domain("code", "Python code", python_sources(), characters, passages),
         text_domain("prose", "English prose", prose_documents(), characters, passages),
         exercise_domain("sums", "Addition", sums(), r"(?<==)\d+\n", characters // 2, passages),
-        exercise_domain("roman", "Roman numerals", romans(), r"(?<=is) [A-Z]+\n", characters // 2, passages),
+        text_domain("names", "Unicode names", character_names(), characters // 2, passages),
     ]
 
 
@@ -161,27 +162,18 @@ def docstrings(source: str) -> list[ast.Expr]:
     return sorted((node for node in found if isinstance(node, ast.Expr)), key=lambda node: node.lineno)
 
 
+def character_names() -> Iterator[tuple[str, str]]:
+    """(first name, names) of the characters of Unicode in runs of 64, without those that are only numbered."""
+    names = (unicodedata.name(chr(code), "") for code in range(0x20000))
+    spoken = [name for name in names if name and not re.search(r"\d|HANGUL SYLLABLE", name)]
+    runs = [spoken[start : start + 64] for start in range(0, len(spoken), 64)]
+    Random("names").shuffle(runs)
+    for run in runs:
+        yield run[0], "\n".join(run) + "\n"
+
+
 def sums() -> Iterator[str]:
+    """Every addition of two numbers of at most two digits whose sum has at most two digits."""
     for a in range(100):
-        for b in range(100):
+        for b in range(100 - a):
             yield f"{a}+{b}={a + b}"
-
-
-def romans() -> Iterator[str]:
-    for number in range(1, 4000):
-        yield f"{number} is {roman(number)}"
-
-
-def roman(number: int) -> str:
-    """A number from 1 to 3999 in Roman numerals: 1994 is MCMXCIV."""
-    digits = ""
-    for value, letters in ROMAN_LETTERS.items():
-        digits += letters * (number // value)
-        number %= value
-    return digits
-
-
-ROMAN_LETTERS = {
-    **{1000: "M", 900: "CM", 500: "D", 400: "CD", 100: "C", 90: "XC"},
-    **{50: "L", 40: "XL", 10: "X", 9: "IX", 5: "V", 4: "IV", 1: "I"},
-}

@@ -13,6 +13,7 @@ import os
 import shutil
 import stat
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -288,7 +289,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Put ``data`` at ``path`` by rename unless it is there already; for caches, so nothing is synced."""
     if path.exists():
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     with _told("write", path):
         with open(temporary, "wb") as file:
             file.write(data)

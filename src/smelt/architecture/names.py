@@ -14,11 +14,11 @@ class Indexed(NamedTuple):
     """A name cut at its first index: "model.layers" | 3 | "mlp.up_proj.weight"."""
 
     container: str
-    index: int
+    number: int
     rest: str
 
     def __str__(self) -> str:
-        return ".".join(part for part in (self.container, str(self.index), self.rest) if part)
+        return ".".join(part for part in (self.container, str(self.number), self.rest) if part)
 
 
 def first_index(name: str) -> Indexed | None:

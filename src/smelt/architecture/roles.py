@@ -1,7 +1,12 @@
-"""What a tensor does, from its name alone: ordered rules, the first that matches wins.
+"""What a tensor does, from its name alone.
 
-A name that no rule knows has the role "other": it is merged like any weight, and methods that need to know
-more can say so. A bias has the role of its weight.
+Two steps: rules for whole names, in order (the first that matches wins), then the block that the tensor is
+in (attention, expert, ...) and the part that it plays there. A name that neither knows has the role
+"other": nothing is guessed. A bias has the role of its weight.
+
+Roles: buffer, position, input (what feeds the first layer beside words), norm, embedding, head, head.transform,
+head.task, router, router.shared, attention.{q,k,v,o,qkv,kv,q_a,q_b,kv_a,kv_b}, mlp.{gate,up,down,gate_up},
+expert.{...} and shared_expert.{...} with the parts of an mlp, ssm.{in,out,x,dt,conv,a,d}, other.
 """
 
 from __future__ import annotations
@@ -9,22 +14,96 @@ from __future__ import annotations
 import re
 from collections.abc import Container
 
-#: (role, pattern). Patterns see the name without ".weight" and ".bias" and are tried in this order; "{}" in
-#: a role is filled with the word of ``_PARTS`` for what the pattern's group caught.
-_RULES: tuple[tuple[str, str], ...] = (
-    ("buffer", r"(inv_freq|\w+_ids|masked_bias|num_batches_tracked|\w+_cached|relative_position_index|attn_mask)$"),
-    ("position", r"(wpe|\w*position\w*_?embed\w*|embed_positions|\w*pos_emb\w*|positional_embedding|relative_attention_bias|relative_position_bias_table)$"),
-    ("input", r"(token_type_embeddings|\w*patch_embed\w*(\.proj\w*)?|\w*(cls|mask|class|distillation|register)_?(token|embedding)s?)$"),
-    ("norm", r"(ln|bn)(_?[a-z0-9]+)?$|norm\w*$|running_(mean|var)$"),
-    ("head.task", r"(^|\.)(classifier|score|qa_outputs|pooler|pre_classifier|seq_relationship|text_projection|visual_projection|logit_scale|logit_bias)(\.\w+)*$"),
-    ("head", r"(^|\.)(lm_head(\.decoder)?|embed_out|cls\.predictions(\.decoder)?|vocab_projector)$|^(transformer\.)?(output|output_layer|proj_out)$"),
-    ("head.transform", r"(^|\.)(lm_head\.\w+|cls\.predictions\.transform\.\w+|vocab_transform)$"),
-    ("embedding", r"(^|\.)(embed_tokens\w*|wte|word_embeddings?|tok_embeddings|token_embeddings?|embed_in|shared|embedding|embeddings|tokens_embed)$"),
-    ("router", r"(shared_expert_gate|(mlp|moe|feed_forward|ffn)\.(gate|router(\.\w+)?)|router(\.(layer|classifier|gate))?|gate\.wg)(\.e_score_correction_bias)?$"),
-    ("shared_expert.{}", r"shared_(?:experts?|mlp)\.(?:\w+\.)*(\w+)$"),
-    ("expert.{}", r"experts?\.(?:\w+\.)*(\w+)$"),
-    ("attention.{}", r"(?:att\w*|self|EncDecAttention|mha)\.(?:self\.|attention\.)?(q|k|v|o|q_a|q_b|kv_a|kv_b|qkv)(?:_proj\w*)?$"),
-    ("attention.{}", r"(?:att\w*|self|mha)\.(?:self\.|attention\.|output\.)*(\w+?)(?:\.0)?$"),
-    ("ssm.{}", r"(?:mixer|mamba|ssm)\w*\.(in_proj|x_proj|dt_proj|dt_bias|out_proj|conv1d|A_log|A|D)$"),
-    ("mlp.{}", r"(?:mlp|ffn|feed_forward|ff|DenseReluDense|intermediate|output|layers?\.\d+|blocks?\.\d+|h\.\d+|layer)\.(\w+)$"),
+_SUFFIX = re.compile(r"\.(weight|bias|gamma|beta)$|(?<=proj)_(weight|bias)$")
+
+
+def _ending(*patterns: str) -> re.Pattern[str]:
+    """Matches names whose last parts are one of ``patterns``."""
+    return re.compile(rf"(?:^|\.)(?:{'|'.join(patterns)})$")
+
+
+_RULES = (
+    ("buffer", _ending(r"inv_freq", r"\w+_ids", r"masked_bias", r"num_batches_tracked", r"\w+_cached", r"attn_mask",
+                       r"relative_position_index")),
+    ("norm", _ending(r"[lb]n(_?[a-z0-9]{1,5})?", r"\w*([nN]orm|layrnorm)\w*", r"running_(mean|var)")),
+    ("router.shared", _ending(r"shared_expert_gate")),
+    ("router", _ending(r"(\w*moe|mlp|ffn|feed_forward)\.gate(\.\w+)?", r"router(\.\w+)*")),
+    ("position", _ending(r"wpe", r"\w*position\w*embed\w*", r"embed_positions", r"\w*pos_emb\w*",
+                         r"relative_attention_bias", r"relative_position_bias_table")),
+    ("input", _ending(r"token_type_embeddings", r"\w*patch_embed\w*(\.proj\w*)?", r"encoder\.conv[12]",
+                      r"visual\.conv1", r"(cls|mask|class|distillation|dist|register)_(tokens?|embedding)")),
+    ("head.task", _ending(r"(pre_)?classifier(\.\w+)*", r"score", r"qa_outputs", r"pooler(\.\w+)*", r"seq_relationship",
+                          r"(text|visual)_projection", r"logit_(scale|bias)")),
+    ("head", _ending(r"lm_head(\.decoder)?", r"embed_out", r"cls\.predictions(\.decoder)?", r"vocab_projector")),
+    ("head", re.compile(r"^(\w+\.)?(output|output_layer|proj_out)$")),
+    ("head.transform", _ending(r"lm_head\.\w+", r"cls\.predictions\.transform\.\w+", r"vocab_transform")),
+    ("embedding", _ending(r"embed_tokens\w*", r"wte", r"word_embeddings?", r"tok_embeddings", r"token_embeddings?",
+                          r"embed_in", r"shared", r"embeddings?")),
 )  # fmt: skip
+
+
+def _table(**words: str) -> dict[str, str]:
+    """word -> part, from part="word word ..."."""
+    return {word: part for part, listed in words.items() for word in listed.split()}
+
+
+_ATTENTION = _table(
+    q="q q_proj query wq q_lin to_q",
+    k="k k_proj key wk k_lin to_k",
+    v="v v_proj value wv v_lin to_v",
+    o="o o_proj out_proj out_lin to_out out wo Wo c_proj dense proj",
+    qkv="qkv qkv_proj query_key_value c_attn Wqkv wqkv in_proj W_pack",
+    kv="kv kv_proj key_value",
+    q_a="q_a_proj",
+    q_b="q_b_proj",
+    kv_a="kv_a_proj kv_a_proj_with_mqa",
+    kv_b="kv_b_proj",
+)
+_MLP = _table(
+    gate="gate_proj w1 wi_0 c_fc_0",
+    up="up_proj w3 v1 wi wi_1 c_fc c_fc_1 fc1 fc_in lin1 dense_h_to_4h",
+    down="down_proj w2 wo Wo c_proj fc2 fc_out lin2 dense_4h_to_h output_linear",
+    gate_up="gate_up_proj Wi input_linear",
+)
+_SSM = _table(
+    a="A A_log",
+    d="D",
+    x="x_proj",
+    dt="dt_proj dt_bias",
+    out="out_proj",
+    conv="conv1d",
+    **{"in": "in_proj in_proj_qkvz in_proj_ba"},
+)
+
+#: The block, by what the path to the tensor contains, and the parts that may play in it; innermost first.
+_BLOCKS = (
+    (re.compile(r"\bshared_(experts?|mlp)\b"), (("shared_expert", _MLP),)),
+    (re.compile(r"experts?\b|\bblock_sparse_moe\b"), (("expert", _MLP),)),
+    (re.compile(r"\b(\w*mixer|mamba|ssm|linear_attn)\b"), (("ssm", _SSM), ("attention", _ATTENTION), ("mlp", _MLP))),
+    (re.compile(r"attn|attention|\b(att|mha)\b", re.IGNORECASE), (("attention", _ATTENTION),)),
+    (re.compile(r"\bintermediate$"), (("mlp", {"dense": "up"}),)),
+    (re.compile(r"\boutput$"), (("mlp", {"dense": "down"}),)),
+    (re.compile(r"\b(mlp|ffn?|feed_forward|DenseReluDense|\d+)$"), (("mlp", _MLP),)),
+)
+
+
+def role_of(name: str, stored: Container[str] = ()) -> str:
+    """The role of the tensor ``name``.
+
+    ``stored`` are the names beside it: ``attn.bias`` is a causal mask (a buffer) where there is no
+    ``attn.weight``, and a bias otherwise.
+    """
+    if re.search(r"(attn|attention)\.bias$", name) and name.removesuffix("bias") + "weight" not in stored:
+        return "buffer"
+    path = _SUFFIX.sub("", name)
+    by_name = next((role for role, pattern in _RULES if pattern.search(path)), None)
+    return by_name or _part_of_block(path) or "other"
+
+
+def _part_of_block(path: str) -> str | None:
+    """The role by block and last word: ".0" behind it (an unnamed sequence) does not count."""
+    parents, _, word = path.removesuffix(".0").rpartition(".")
+    for place, choices in _BLOCKS:
+        if place.search(parents):
+            return next((f"{block}.{parts[word]}" for block, parts in choices if word in parts), None)
+    return None

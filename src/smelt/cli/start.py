@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read the output has seen enough; what a command does to files is done by then.
         _discard_output()
         return 0
-    except (KeyboardInterrupt, click.Abort):
+    except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except SystemExit as stop:
@@ -42,10 +42,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None, settings: Settings) -> int:
+    """Parse and call. Click's own ``main`` would exit 1 when the reader of a pipe goes away."""
     from .group import smelt
 
-    outcome = smelt.main(arguments, prog_name="smelt", standalone_mode=False, obj=settings)
-    return outcome if isinstance(outcome, int) else 0
+    if "_SMELT_COMPLETE" in os.environ:
+        smelt.main(prog_name="smelt")  # answers the shell, then exits
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        with smelt.make_context("smelt", given, obj=settings) as context:
+            smelt.invoke(context)
+    except click.exceptions.Exit as leave:
+        return leave.exit_code
+    return 0
 
 
 def _report(error: Exception, settings: Settings) -> int:

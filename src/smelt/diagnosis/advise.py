@@ -87,9 +87,7 @@ _Choice = tuple[str, dict[str, float], tuple[str, ...]]
 
 
 def _one(facts: _Facts) -> _Choice:
-    reason = (
-        "one model and its base: the weight goes from the base (0) to the model (1), and often gains between"
-    )
+    reason = "one model and its base: the weight goes from the base (0) to the model (1), and often gains between"
     return "task_arithmetic", {"weight": 0.8}, (reason,)
 
 
@@ -102,14 +100,10 @@ def _several(facts: _Facts) -> _Choice:
             (f"the task vectors point the same way (mean cosine {cosine}): average them",),
         )
     if facts.p99 > CONTINUED:
-        reason = (
-            f"large task vectors (99 % of |delta| up to {facts.p99:.3g}) are better averaged than thinned"
-        )
+        reason = f"large task vectors (99 % of |delta| up to {facts.p99:.3g}) are better averaged than thinned"
         return "linear", {"weight": 1.0}, (reason,)
     if facts.cosine < OPPOSING or (size > 2 and facts.conflict > INTERFERING):
-        reason = (
-            f"{conflict} of the signs conflict among {size} models (mean cosine {cosine}): trim and elect"
-        )
+        reason = f"{conflict} of the signs conflict among {size} models (mean cosine {cosine}): trim and elect"
         return "ties", {"weight": 1.0, "density": 0.2}, (reason,)
     weight = round(1 / np.sqrt(size), 2)
     reason = (
@@ -145,9 +139,7 @@ def _alternatives(facts: _Facts, chosen: str) -> list[tuple[str, str]]:
     return found
 
 
-def _recipe(
-    method: str, models: Sequence[str], base: str | None, parameters: dict[str, float], dtype: str
-) -> str:
+def _recipe(method: str, models: Sequence[str], base: str | None, parameters: dict[str, float], dtype: str) -> str:
     import yaml
 
     tree: dict[str, Any] = {"merge_method": method}

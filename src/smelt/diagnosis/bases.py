@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ..engine.backbone import Finding, Likeness
+from ..engine.backbone import Likeness
+from ..engine.findings import Finding
 from ..errors import show
 
 #: Task vectors that agree more than this are those of siblings seen from a sibling (which gives 0.5).
@@ -77,10 +78,6 @@ def _no_base(tried: Sequence[Candidate], best: str | None, facts: dict[str, Any]
     if best is not None:
         text = f"no base was given: {show(best)} fits as the base of the others and is taken for it"
         return Finding("note", "likely-base", (best,), text, facts)
-    why = (
-        "two models alone cannot tell"
-        if len(labels) < 3
-        else "none of the models looks like the others' base"
-    )
+    why = "two models alone cannot tell" if len(labels) < 3 else "none of the models looks like the others' base"
     text = f"no base was given, and {why}: name it with --base to learn about task vectors"
     return Finding("note", "no-base", labels, text, facts)

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Checkpoint, load
-from ..engine.backbone import Finding, Likeness, judge, measure
+from ..engine.backbone import Likeness, judge, measure
+from ..engine.facts import compare_configs
+from ..engine.findings import Finding
 from ..engine.progress import Progress, Silent
 from ..engine.types import common_dtype
 from ..engine.vocabulary import compare_vocabularies
@@ -17,7 +19,7 @@ from ..kernels.dtypes import DTYPES, name_of
 from .advise import Advice, advise, advise_average
 from .bases import candidates, judge_base, likely_base
 from .inventory import common_tensors, compare_inventories
-from .layers import by_layer
+from .layers import by_layer, structure_of
 from .result import Diagnosis, row_of
 from .sampling import Sample
 from .scale import judge_vectors
@@ -57,13 +59,11 @@ def _open(source: Source, name: str, stack: ExitStack) -> Checkpoint:
     return stack.enter_context(load(source, label=name if isinstance(source, Mapping) else None))
 
 
-def _check(
-    models: list[Checkpoint], base: Checkpoint | None, sample: Sample, progress: Progress
-) -> Diagnosis:
+def _check(models: list[Checkpoint], base: Checkpoint | None, sample: Sample, progress: Progress) -> Diagnosis:
     everyone = [*([base] if base is not None else []), *models]
     likeness = measure(everyone)
     tried = candidates(likeness) if likeness.names else []
-    found = compare_inventories(models, base) + compare_vocabularies(models, base)
+    found = compare_inventories(models, base) + compare_configs(everyone) + compare_vocabularies(everyone)
     if tried:
         found += judge_base(tried, None if base is None else base.label)
     if base is None and (label := likely_base(tried)) is not None:
@@ -85,7 +85,8 @@ def _check(
 
 
 def _survey(models: Sequence[Checkpoint], base: Checkpoint, sample: Sample, progress: Progress) -> Survey:
-    return survey(models, base, by_layer(base, common_tensors([base, *models])), sample, progress)
+    groups = by_layer(structure_of(base), common_tensors([base, *models]))
+    return survey(models, base, groups, sample, progress)
 
 
 def _tables(surveyed: Survey | None) -> dict[str, Any]:
@@ -119,7 +120,5 @@ def _advice(
 
 
 def _floating(models: Sequence[Checkpoint]) -> list[str]:
-    codes = [
-        info.dtype for model in models for info in model.tensors.values() if DTYPES[info.dtype].arithmetic
-    ]
+    codes = [info.dtype for model in models for info in model.tensors.values() if DTYPES[info.dtype].arithmetic]
     return codes or ["F32"]

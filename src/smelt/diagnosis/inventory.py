@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from ..checkpoint import Checkpoint
-from ..engine.backbone import Finding
+from ..engine.findings import Finding
 from ..errors import show
 from ..kernels.dtypes import DTYPES
 

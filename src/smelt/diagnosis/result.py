@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..engine.backbone import Finding
+from ..engine.findings import Finding
 from .advise import Advice
 from .bases import Candidate
 from .survey import Survey
@@ -110,6 +110,4 @@ def row_of(layer: str, vectors: TaskVectors, survey: Survey) -> LayerRow:
 
 def _model_row(label: str, vectors: TaskVectors, index: int) -> ModelRow:
     p50, p99 = (vectors.quantile(index, share) for share in (0.5, 0.99))
-    return ModelRow(
-        label, vectors.ratio(index), p50, p99, float(vectors.largest[index]), vectors.zeros(index)
-    )
+    return ModelRow(label, vectors.ratio(index), p50, p99, float(vectors.largest[index]), vectors.zeros(index))

@@ -56,9 +56,7 @@ class Sampling:
         return sum(length for _, length in self.runs(count))
 
 
-def read_rows(
-    checkpoints: Sequence[Checkpoint], name: str, sampling: Sampling
-) -> Iterator[list[npt.NDArray[Any]]]:
+def read_rows(checkpoints: Sequence[Checkpoint], name: str, sampling: Sampling) -> Iterator[list[npt.NDArray[Any]]]:
     """The elements to look at of tensor ``name``, as numbers, up to 131 072 at a time: one array each."""
     runs = sampling.runs(checkpoints[0].tensors[name].count)
     at_once = max(1, _CHUNK // runs[0][1]) if runs else 1

@@ -7,7 +7,7 @@ the model.
 
 from __future__ import annotations
 
-from ..engine.backbone import Finding
+from ..engine.findings import Finding
 from ..errors import show
 from .survey import Survey
 

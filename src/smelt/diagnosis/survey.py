@@ -59,9 +59,7 @@ def survey(
     return result
 
 
-def _task(
-    everyone: Sequence[Checkpoint], sampling: Sampling, progress: Progress
-) -> Callable[[str], TaskVectors]:
+def _task(everyone: Sequence[Checkpoint], sampling: Sampling, progress: Progress) -> Callable[[str], TaskVectors]:
     def run(name: str) -> TaskVectors:
         vectors = TaskVectors.none(len(everyone) - 1)
         for rows in read_rows(everyone, name, sampling):

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .memory import merge_tensors
-    from .merge import Artifact, merge
-    from .plan import Plan, plan
-    from .verify import verify
+    from .run import Artifact, merge
+    from .planning import Plan, plan
+    from .verification import verify
 
 __all__ = ["Artifact", "Plan", "merge", "merge_tensors", "plan", "verify"]
 
 _HOMES = {
-    "Artifact": "merge", "Plan": "plan", "merge": "merge", "merge_tensors": "memory", "plan": "plan",
-    "verify": "verify",
+    "Artifact": "run", "Plan": "planning", "merge": "run", "merge_tensors": "memory", "plan": "planning",
+    "verify": "verification",
 }  # fmt: skip
 
 

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,9 @@ import numpy.typing as npt
 from ..checkpoint import Checkpoint
 from ..errors import show
 from ..kernels.dtypes import DTYPES
+from .facts import compare_configs
+from .findings import Finding
+from .vocabulary import compare_vocabularies
 
 #: Below this cosine, or above this norm(delta)/norm(base), a model did not grow from the base.
 LEAST_COSINE = 0.95
@@ -37,22 +40,7 @@ LEAST_SIBLING_COSINE = 0.9
 _MATRICES, _PER_KIND = 48, 3
 _RUNS, _RUN = 16, 256
 
-Severity = Literal["error", "warning", "note"]
 Products = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing worth telling about a set of models. ``code`` names the kind, ``models`` are labels."""
-
-    severity: Severity
-    code: str
-    models: tuple[str, ...]
-    message: str
-    facts: Mapping[str, Any] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "models": list(self.models)}
 
 
 @dataclass(frozen=True)
@@ -104,18 +92,22 @@ def _median(parts: Products, wholes: Products) -> float:
 
 
 def compare_backbones(models: Sequence[Checkpoint], base: Checkpoint | None) -> list[Finding]:
-    """What the sampled weights say about merging ``models`` (on ``base``), worst first.
+    """Whether ``models`` can be merged (on ``base``) as far as sampled weights, configs and tokenizers tell.
 
-    Errors: ``different-backbone``. Warnings: ``zero-delta`` (a model equals the base), ``duplicate`` (two
-    models are equal). Note: ``no-backbone-evidence`` when no matrix has the same shape everywhere.
-    Raises OperationFailed when a file cannot be read.
+    Errors: ``different-backbone`` and those of :func:`compare_configs` and :func:`compare_vocabularies`.
+    Warnings: ``zero-delta`` (a model equals the base), ``duplicate`` (two models are equal). Note:
+    ``no-backbone-evidence`` when no matrix has the same shape everywhere. Raises OperationFailed when a file
+    cannot be read.
     """
     everyone = [*([base] if base is not None else []), *models]
-    return judge(measure(everyone), base is not None) if len(everyone) > 1 else []
+    if len(everyone) < 2:
+        return []
+    weights = judge(measure(everyone), base is not None)
+    return [*weights, *compare_configs(everyone), *compare_vocabularies(everyone)]
 
 
 def judge(likeness: Likeness, has_base: bool) -> list[Finding]:
-    """The findings of :func:`compare_backbones`; with ``has_base`` index 0 is the base."""
+    """What the weights say; with ``has_base`` index 0 is the base."""
     labels = likeness.labels
     if not likeness.names:
         text = "no weight matrix has one name and shape in all models: they may or may not share a backbone"

@@ -34,14 +34,22 @@ def card(
         lines += ["base_model:", *(f"- {name}" for name in hub_ids), "base_model_relation: merge"]
     lines += ["library_name: transformers", *([f"license: {license_name}"] if license_name else [])]
     lines += ["tags:", "- merge", "- smelt", "---", "", f"# {title}", ""]
-    lines += [f"A merge made with smelt by **{method.title}** (`{method.name}`).", "", f"> {method.citation}", ""]
+    lines += [
+        f"A merge made with smelt by **{method.title}** (`{method.name}`).",
+        "",
+        f"> {method.citation}",
+        "",
+    ]
     if base:
         lines += [f"Base model: `{base}`", ""]
     lines += ["Merged models:", "", *(f"- `{name}`" for name in models), ""]
     if notices:
         lines += ["Notices of the run:", "", *(f"- {notice}" for notice in notices), ""]
     lines += ["The recipe:", "", "```yaml", recipe.rstrip(), "```", ""]
-    lines += ["`smelt-manifest.json` holds the digests of inputs and outputs; check them with `smelt verify`.", ""]
+    lines += [
+        "`smelt-manifest.json` holds the digests of inputs and outputs; check them with `smelt verify`.",
+        "",
+    ]
     return "\n".join(lines)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..kernels.dtypes import DTYPES, name_of
 from .inputs import read_config
-from .plan import Plan
+from .planning import Plan
 
 
 def patched_config(plan: Plan) -> bytes | None:

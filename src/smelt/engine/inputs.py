@@ -118,9 +118,7 @@ def side_files(checkpoint: Checkpoint) -> dict[str, bytes]:
     if checkpoint.folder is None:
         return {}
     present = set(storage.listdir(checkpoint.folder))
-    return {
-        name: storage.read_small(checkpoint.folder / name, 1 << 30) for name in SIDE_FILES if name in present
-    }
+    return {name: storage.read_small(checkpoint.folder / name, 1 << 30) for name in SIDE_FILES if name in present}
 
 
 def read_config(checkpoint: Checkpoint) -> bytes | None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..architecture import Structure
+from ..architecture import Structure, aligned
 from ..errors import InputRejected, UsageError, show
 from ..recipe import InputModel, ModelReference, OutputSlice, Recipe
 from .inputs import Input, Inputs
@@ -65,6 +65,11 @@ def natural_key(name: str) -> list[Any]:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]
 
 
+#: A stored head may be missing where it is tied, and must not keep names from being matched.
+_HEAD = "lm_head.weight"
+
+_Member = tuple[Input, InputModel | None]
+
 #: One model's contribution to a stretch of the output: output name -> source name.
 _Names = Callable[[Input], Mapping[str, str]]
 
@@ -81,16 +86,27 @@ class _Builder:
     # --- models: the whole of each ----------------------------------------------------------------------
 
     def from_models(self) -> Layout:
-        entries: list[InputModel | None] = list(self._recipe.models or ())
-        members = [(self._inputs[entry.model], entry) for entry in self._recipe.models or ()]
+        members: list[_Member] = [(self._inputs[entry.model], entry) for entry in self._recipe.models or ()]
         base = self._recipe.base_model
-        if base is not None and all(entry.model.text != base.text for entry, in zip(entries) if entry):
+        if base is not None and all(item.label != base.text for item, _ in members):
             members.append((self._inputs[base], None))
         self._same_depth([item for item, _ in members])
-        reference = members[0][0].structure
-        pieces = self._pieces(members, _all_names, None, base, lambda name: _position(reference, name))
+        donor = self._inputs.donor
+        position = _positions(donor.structure)
+        pieces = self._pieces(members, lambda item: self._names_like(donor, item), None, base, position)
         InputRejected.gather(dict.fromkeys(self._problems))
         return Layout(_in_order(pieces), None, (), tuple(self._notices))
+
+    def _names_like(self, donor: Input, item: Input) -> dict[str, str]:
+        """All names of a model, by the donor's names where the two differ by a leading part only."""
+        names = item.checkpoint.tensors
+        theirs = aligned(names.keys() - {_HEAD}, donor.checkpoint.tensors.keys()) if item is not donor else None
+        if theirs is None or all(own == other for own, other in theirs.items()):
+            return {name: name for name in names}
+        self._notices.append(
+            f"{item.label}: tensors are called otherwise than in {donor.label}, matched by their names' ends"
+        )
+        return {theirs.get(name, name): name for name in names}
 
     def _same_depth(self, members: Sequence[Input]) -> None:
         depths = {item.label: {s.prefix: s.count for s in item.structure.stacks} for item in members}
@@ -117,7 +133,7 @@ class _Builder:
             for offset in range(length):
                 names = _layer_names([s + offset for s in start], len(layer_map), [item for item, _ in members])
                 t = offset / (length - 1) if length > 1 else 1.0
-                pieces += self._pieces(members, names, part, self._base_of(part), lambda name, t=t: t)
+                pieces += self._pieces(members, names, part, self._base_of(part), _constant(t))
                 layer_map.append(start[0] + offset)
         pieces += self._outside(slices[-1], "post")
         InputRejected.gather(dict.fromkeys(self._problems))
@@ -129,12 +145,16 @@ class _Builder:
             first, last = _range_of(entry)
             stack = item.structure.main_stack
             if stack is None:
-                raise InputRejected(f"{item.label}: no single stack of layers to slice, found {len(item.structure.stacks)}")
+                raise InputRejected(
+                    f"{item.label}: no single stack of layers to slice, found {len(item.structure.stacks)}"
+                )
             if last > stack.count:
                 raise UsageError(f"{item.label} has {stack.count} layers, the range asks for [{first}, {last}]")
         base = self._base_of(part)
         if base is not None and self._base_role == "required" and all(e.model.text != base.text for _, e in members):
-            raise UsageError(f"base model {base.text} must be among the sources of each slice, with its own layer_range")
+            raise UsageError(
+                f"base model {base.text} must be among the sources of each slice, with its own layer_range"
+            )
         return members
 
     def _base_of(self, part: OutputSlice) -> ModelReference | None:
@@ -148,12 +168,12 @@ class _Builder:
         def names(item: Input) -> dict[str, str]:
             return {role.name: role.name for role in item.structure if role.kind in kinds}
 
-        yield from self._pieces(members, names, part, self._base_of(part), lambda name: 0.0)
+        yield from self._pieces(members, names, part, self._base_of(part), _constant(0.0))
 
     # --- one stretch of the output ----------------------------------------------------------------------
 
     def _pieces(
-        self, members: Sequence[tuple[Input, InputModel | None]], names: _Names, part: OutputSlice | None,
+        self, members: Sequence[_Member], names: _Names, part: OutputSlice | None,
         base: ModelReference | None, position: Callable[[str], float],
     ) -> list[Piece]:  # fmt: skip
         """One piece per name that any member has."""
@@ -187,10 +207,6 @@ class _Builder:
         return self._on_extra == "copy"
 
 
-def _all_names(item: Input) -> dict[str, str]:
-    return {name: name for name in item.checkpoint.tensors}
-
-
 def _layer_names(layers: Sequence[int], output: int, members: Sequence[Input]) -> _Names:
     """For each member, the names of one of its layers, renumbered to the output layer."""
     chosen = {id(item): layer for item, layer in zip(members, layers, strict=True)}
@@ -211,10 +227,18 @@ def _lender(item: Input, name: str) -> str | None:
     return item.structure.tied_source(name)
 
 
-def _position(structure: Structure, name: str) -> float:
+def _positions(structure: Structure) -> Callable[[str], float]:
     """Where a tensor stands on a gradient: its layer's share of the depth; 0 outside the layers."""
-    role = structure.get(name)
-    return role.depth if role is not None and role.depth is not None else 0.0
+
+    def position(name: str) -> float:
+        role = structure.get(name)
+        return role.depth if role is not None and role.depth is not None else 0.0
+
+    return position
+
+
+def _constant(t: float) -> Callable[[str], float]:
+    return lambda name: t
 
 
 def _range_of(entry: InputModel) -> tuple[int, int]:

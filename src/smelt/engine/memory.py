@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..checkpoint import Checkpoint, load
+from ..checkpoint import load
 from ..errors import InputRejected, UsageError, show
 from ..kernels.dtypes import DTYPES, NAMES
 from ..kernels.program import Copy, Output

@@ -42,7 +42,11 @@ def unknown_parameter(method: Method, name: str) -> str:
 
 
 def _values(
-    parameter: Parameter, variant: str, parameters: Mapping[str, Any], per_model: Mapping[str, Sequence[Any]], models: int
+    parameter: Parameter,
+    variant: str,
+    parameters: Mapping[str, Any],
+    per_model: Mapping[str, Sequence[Any]],
+    models: int,
 ) -> tuple[tuple[Any, ...], list[str]]:
     """The values of one parameter (one per model, or a single one), and what is wrong with them."""
     name, wanted = parameter.name, models if parameter.per_model else 1

@@ -46,5 +46,3 @@ def staging(out: Path) -> Iterator[Path]:
     except BaseException:
         storage.remove_tree(folder)
         raise
-
-

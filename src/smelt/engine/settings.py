@@ -95,7 +95,10 @@ class Resolver:
         entry = source.entry if source is not None else None
         asked = levels(self._recipe, source=entry, piece=piece.part)
         if parameter.kind == "strings":
-            return next((level[parameter.name].words() for level in asked if parameter.name in level), parameter.default)
+            return next(
+                (level[parameter.name].words() for level in asked if parameter.name in level),
+                parameter.default,
+            )
         name = source.name if source is not None else piece.name
         value = resolve_parameter(parameter.name, asked, tensor_name=name, t=piece.t)
         if value is None:
@@ -136,8 +139,6 @@ def whole_model_values(method: Method, views: Sequence[tuple[dict[str, Any], dic
         if other_shared.get(name) != shared.get(name) or other_each.get(name) != each.get(name)
     }
     return [
-        f"{method.name} with whole-model statistics: {name} must be one number for all tensors, not a gradient or filter"
+        f"{method.name} with whole-model statistics: {name} must be the same for all tensors, no gradient or filter"
         for name in sorted(varying)
     ]
-
-

@@ -13,8 +13,8 @@ from typing import Any
 
 from .. import storage
 from ..checkpoint import Checkpoint
-from ..errors import InputRejected, show
-from .backbone import Finding
+from ..errors import show
+from .findings import Finding
 
 #: Files that hold a whole vocabulary; the first one that a folder has counts.
 _FILES = ("tokenizer.json", "vocab.json")
@@ -22,21 +22,26 @@ _LARGEST_FILE = 1 << 28  # bytes
 _EXAMPLES = 3
 
 
-def compare_vocabularies(models: Sequence[Checkpoint], base: Checkpoint | None) -> list[Finding]:
-    """Compare every model's tokens with the base's (else the first model's that has a tokenizer).
+def compare_vocabularies(checkpoints: Sequence[Checkpoint]) -> list[Finding]:
+    """Compare every checkpoint's tokens with those of the first one that has a tokenizer.
 
     Error ``tokens-differ``: an id of the ordinary vocabulary stands for two strings. Warnings: only added or
-    special tokens differ (``special-tokens-differ``), or one has more tokens (``vocabulary-sizes-differ``).
-    Raises InputRejected when a tokenizer file is not JSON of the known layout.
+    special tokens differ (``special-tokens-differ``), one has more tokens (``vocabulary-sizes-differ``), or a
+    file is not of a layout that is known (``tokenizer-unreadable``).
     """
-    everyone = [*([base] if base is not None else []), *models]
-    raw = [(checkpoint, content) for checkpoint in everyone if (content := _content(checkpoint)) is not None]
+    raw = [(checkpoint, content) for checkpoint in checkpoints if (content := _content(checkpoint)) is not None]
     if not raw or all(content == raw[0][1] for _, content in raw):
         return []
-    first, *others = [
-        (checkpoint.label, _Vocabulary(checkpoint.label, *content)) for checkpoint, content in raw
-    ]
-    return [finding for other in others for finding in _compare(*first, *other)]
+    read, found = [], []
+    for checkpoint, (name, content) in raw:
+        try:
+            read.append((checkpoint.label, _Vocabulary(name, content)))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            text = f"{show(checkpoint.label)}: {name} is not a tokenizer of a known layout: {show(error, 80)}"
+            found.append(Finding("warning", "tokenizer-unreadable", (checkpoint.label,), text))
+    for label, vocabulary in read[1:]:
+        found += _compare(*read[0], label, vocabulary)
+    return found
 
 
 def _content(checkpoint: Checkpoint) -> tuple[str, bytes] | None:
@@ -53,17 +58,11 @@ def _content(checkpoint: Checkpoint) -> tuple[str, bytes] | None:
 class _Vocabulary:
     """id -> token; ``added`` are the ids that were added to the ordinary vocabulary (special or not)."""
 
-    def __init__(self, label: str, name: str, content: bytes) -> None:
-        try:
-            tree = json.loads(content)
-            ordinary = tree["model"]["vocab"] if name == "tokenizer.json" else tree
-            self.tokens = _by_id(ordinary)
-            extra = tree.get("added_tokens", []) if name == "tokenizer.json" else []
-            self.added = {int(token["id"]): str(token["content"]) for token in extra}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            problem = f"{show(label)}: {name} is not a tokenizer that smelt can read: {type(error).__name__}"
-            raise InputRejected(f"{problem} ({error})") from error
-        self.tokens.update(self.added)
+    def __init__(self, name: str, content: bytes) -> None:
+        tree = json.loads(content)
+        whole = name == "tokenizer.json"
+        self.added = {int(token["id"]): str(token["content"]) for token in tree.get("added_tokens", ()) if whole}
+        self.tokens = _by_id(tree["model"]["vocab"] if whole else tree) | self.added
 
 
 def _by_id(vocabulary: Any) -> dict[int, str]:

@@ -14,6 +14,7 @@ import importlib.util
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,7 @@ from .source import Formula, source_of
 
 Kernel = Callable[..., Any]
 Kinds = tuple[tuple[str, Any], ...]
+
 
 def kernel_for(template: str, call: Call, out: str = "") -> Kernel:
     """The compiled kernel for ``call``; ``template`` is a key of TEMPLATES, ``out`` the stored dtype."""
@@ -57,10 +59,14 @@ def _kind(value: Any) -> Any:
     return "mask" if isinstance(value, Mask) else value.dtype
 
 
+_LOADING = threading.Lock()
+
+
 @cache
 def _kernel(template: str, formula: Formula, kinds: Kinds, precision: str, out: str) -> Kernel:
     text = _module_text(template, formula, kinds, precision, out)
-    return _load(text).run  # type: ignore[no-any-return]
+    with _LOADING:
+        return _load(text).run  # type: ignore[no-any-return]
 
 
 class _Arguments:
@@ -137,7 +143,10 @@ def _function(parameters: list[str], lines: list[str]) -> str:
 def _map(arguments: _Arguments, out: str) -> str:
     """Write the formula's value; report non-finite inputs (1) and outputs (2)."""
     value = f"PRECISION(formula({arguments.formula}))"
-    body = [f"y = store_{out}({f'narrow_PRECISION({value})' if out in ('BF16', 'F16') else value})", "out[i] = y"]
+    body = [
+        f"y = store_{out}({f'narrow_PRECISION({value})' if out in ('BF16', 'F16') else value})",
+        "out[i] = y",
+    ]
     body += [f"bad_in |= {check}" for check in arguments.checks] + [f"bad_out |= nonfinite_{out}(y)"]
     lines = ["count, bad_in, bad_out = out.shape[0], False, False", *_loop(arguments, body, "out[low:high]")]
     lines += ["return (1 if bad_in else 0) + (2 if bad_out else 0)"]
@@ -222,7 +231,8 @@ def _load(text: str) -> Any:
         path = _cache_folder() / f"{name}.py"
         storage.write_atomically(path, text.encode())
         specification = importlib.util.spec_from_file_location(name, path)
-        assert specification is not None and specification.loader is not None
+        if specification is None or specification.loader is None:
+            raise ImportError(f"cannot import the generated kernel {path}")
         module = importlib.util.module_from_spec(specification)
         specification.loader.exec_module(module)
         sys.modules[name] = module

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -64,9 +65,7 @@ def run_magnitudes(call: Call, arrays: Arrays, start: int, count: int) -> npt.ND
     return out
 
 
-def run_sums(
-    call: Call, arrays: Arrays, start: int, count: int, width: int, products: bool
-) -> npt.NDArray[np.float64]:
+def run_sums(call: Call, arrays: Arrays, start: int, count: int, width: int, products: bool) -> npt.NDArray[np.float64]:
     """Block sums of the ``width`` numbers that the formula returns, or of their pairwise products."""
     from . import sums
 
@@ -92,7 +91,7 @@ def pieces(call: Call, start: int, count: int) -> Iterator[tuple[int, int]]:
     """Split a tile where a Step changes its value, so that inside a piece every value is constant."""
     cuts = {item.cut - start for item in call.items() if isinstance(item, Step)}
     edges = [0, *sorted(cut for cut in cuts if 0 < cut < count), count]
-    yield from zip(edges[:-1], edges[1:], strict=True)
+    yield from pairwise(edges)
 
 
 def _bind(call: Call, arrays: Arrays, start: int, first: int, last: int) -> list[Any]:

@@ -21,7 +21,17 @@ from . import vocabulary
 Formula = Callable[..., Any]
 
 _BUILTINS = {"abs", "zip", "range", "len", "enumerate"}
-_REFUSED = (ast.Pow, ast.FloorDiv, ast.Mod, ast.MatMult, ast.Try, ast.While, ast.Lambda, ast.Import, ast.ImportFrom)
+_REFUSED = (
+    ast.Pow,
+    ast.FloorDiv,
+    ast.Mod,
+    ast.MatMult,
+    ast.Try,
+    ast.While,
+    ast.Lambda,
+    ast.Import,
+    ast.ImportFrom,
+)
 
 
 @dataclass(frozen=True)
@@ -84,26 +94,26 @@ class _Pin(ast.NodeTransformer):
             raise TypeError(f"{type(node).__name__} is not in the vocabulary of element formulas")
         return super().visit(node)
 
-    def visit_BinOp(self, node: ast.BinOp) -> Any:  # noqa: N802
+    def visit_BinOp(self, node: ast.BinOp) -> Any:
         if isinstance(node.op, ast.Div) and isinstance(node.right, ast.Constant):
             raise TypeError("a formula must not divide by a literal: multiply by the reciprocal instead")
         return self.generic_visit(node)
 
-    def visit_AugAssign(self, node: ast.AugAssign) -> Any:  # noqa: N802
+    def visit_AugAssign(self, node: ast.AugAssign) -> Any:
         """``a += b`` becomes ``a = a + b``: on arrays the short form would write into an operand."""
         target = ast.Name(node.target.id, ast.Load())  # type: ignore[union-attr]
         return self.visit(ast.Assign([node.target], ast.BinOp(target, node.op, node.value)))
 
-    def visit_Subscript(self, node: ast.Subscript) -> Any:  # noqa: N802
+    def visit_Subscript(self, node: ast.Subscript) -> Any:
         node.value = self.visit(node.value)
         return node
 
-    def visit_Call(self, node: ast.Call) -> Any:  # noqa: N802
+    def visit_Call(self, node: ast.Call) -> Any:
         if isinstance(node.func, ast.Name) and node.func.id == "range":
             return node
         return self.generic_visit(node)
 
-    def visit_Constant(self, node: ast.Constant) -> Any:  # noqa: N802
+    def visit_Constant(self, node: ast.Constant) -> Any:
         if isinstance(node.value, bool) or not isinstance(node.value, int | float):
             return node
         value = float(node.value)

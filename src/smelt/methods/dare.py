@@ -27,7 +27,7 @@ from ..kernels.program import Call, Copy, Rank, Whole, call
 from ..kernels.vocabulary import where
 from . import ties
 from .fisher import normalised
-from .registry import EXCLUDE, LAMBDA, REQUIRED, Citation, Method, Parameter, Steps, weight
+from .registry import EXCLUDE, LAMBDA, REQUIRED, Citation, Method, Parameter, Steps, weight_parameter
 from .regmean import regression_mean
 from .task_arithmetic import INT8_MASK, mass
 from .tensors import Model, Tensor, delta, identity
@@ -63,7 +63,14 @@ def mean_thinned_weights(models: Any, kept: Any, thresholds: Any, factors: Any, 
 
 
 def fisher_thinned(
-    base: Any, models: Any, kept: Any, thresholds: Any, factors: Any, fishers: Any, coefficients: Any, minimal: Any
+    base: Any,
+    models: Any,
+    kept: Any,
+    thresholds: Any,
+    factors: Any,
+    fishers: Any,
+    coefficients: Any,
+    minimal: Any,
 ) -> Any:
     total = 0
     mass = 0
@@ -139,9 +146,7 @@ def _merge_weights(tensor: Tensor, chosen: dict[str, Any]) -> Call:
     return call(mean_thinned_weights, models=tensor.models, scale=scale, **chosen)
 
 
-def _regmean_thinned(
-    base: Any, models: Any, kept: Any, thresholds: Any, factors: Any, grams: Any, ratio: float
-) -> Any:
+def _regmean_thinned(base: Any, models: Any, kept: Any, thresholds: Any, factors: Any, grams: Any, ratio: float) -> Any:
     thin = tuple(
         thinned(base, model, keep, np.float32(threshold), np.float32(factor))
         for model, keep, threshold, factor in zip(models, kept, thresholds, factors, strict=True)
@@ -199,7 +204,13 @@ def merge_linear(tensor: Tensor) -> Steps:
     factors = yield from _factors(tensor, kept, bars)
     scale = tensor["lambda"] / (mass(tensor.each["weight"]) if tensor["normalize"] else 1.0)
     return call(
-        sum_thinned, base=tensor.base, models=tensor.models, kept=kept, thresholds=bars, factors=factors, scale=scale
+        sum_thinned,
+        base=tensor.base,
+        models=tensor.models,
+        kept=kept,
+        thresholds=bars,
+        factors=factors,
+        scale=scale,
     )
 
 
@@ -234,7 +245,7 @@ CITATION = Citation(
 )  # fmt: skip
 
 _DROP = (
-    weight(),
+    weight_parameter(),
     Parameter("density", "float", 1.0, "probability that an element of the task vector is kept", per_model=True,
               low=0, high=1),
     LAMBDA,

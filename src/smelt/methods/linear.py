@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..kernels.program import Call, call
-from .registry import Citation, Method, Parameter, weight
+from .registry import Citation, Method, Parameter, weight_parameter
 from .tensors import Tensor
 
 
@@ -58,7 +58,7 @@ METHODS = (
         merge=merge,
         base="ignored",
         parameters=(
-            weight(defaults=(("paper", 1.0),)),
+            weight_parameter(defaults=(("paper", 1.0),)),
             Parameter("normalize", "bool", True, "divide by the sum of the weights"),
         ),
         variants=("paper", "mergekit"),

@@ -33,8 +33,10 @@ METHODS = (
         advice="With slices: repeat, reorder or drop layers. Expect to train afterwards.",
         citation=Citation(
             "SOLAR 10.7B: scaling large language models with simple yet effective depth up-scaling",
-            "Kim et al.", "NAACL 2024", "https://arxiv.org/abs/2312.15166",
-        ),  # fmt: skip
+            "Kim et al.",
+            "NAACL 2024",
+            "https://arxiv.org/abs/2312.15166",
+        ),
         merge=merge,
         base="ignored",
         max_models=1,

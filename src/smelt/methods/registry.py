@@ -130,7 +130,7 @@ def variant_parameter(variants: tuple[str, ...]) -> Parameter:
     return Parameter("variant", "str", variants[0], help_text, choices=variants, mergekit=False)
 
 
-def weight(default: Any = REQUIRED, **more: Any) -> Parameter:
+def weight_parameter(default: Any = REQUIRED, **more: Any) -> Parameter:
     """The usual per-model factor."""
     return Parameter("weight", "float", default, "factor of each model", per_model=True, **more)
 

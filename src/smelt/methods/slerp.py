@@ -58,9 +58,11 @@ METHODS = (
         summary="interpolate between the base and one model along the arc",
         advice="For two models; t may run over depth, as in t: [0, 0.5, 1].",
         citation=Citation(
-            "Animating rotation with quaternion curves", "Shoemake", "SIGGRAPH 1985",
+            "Animating rotation with quaternion curves",
+            "Shoemake",
+            "SIGGRAPH 1985",
             "https://doi.org/10.1145/325334.325242",
-        ),  # fmt: skip
+        ),
         merge=merge,
         max_models=1,
         parameters=(

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..kernels.program import Call, Copy, call
-from .registry import EXCLUDE, LAMBDA, Citation, Method, Parameter, weight
+from .registry import EXCLUDE, LAMBDA, Citation, Method, Parameter, weight_parameter
 from .tensors import Tensor
 
 
@@ -49,13 +49,15 @@ METHODS = (
         summary="base plus a weighted sum of task vectors",
         advice="For several fine-tunes of one base; start with lambda 0.3-0.5 for many tasks, 1 for few.",
         citation=Citation(
-            "Editing models with task arithmetic", "Ilharco et al.", "ICLR 2023",
+            "Editing models with task arithmetic",
+            "Ilharco et al.",
+            "ICLR 2023",
             "https://arxiv.org/abs/2212.04089",
-        ),  # fmt: skip
+        ),
         merge=merge,
         min_models=0,
         parameters=(
-            weight(defaults=(("paper", 1.0),)),
+            weight_parameter(defaults=(("paper", 1.0),)),
             LAMBDA,
             Parameter("normalize", "bool", False, "divide the sum of task vectors by the sum of the weights"),
             Parameter("density", "float", 1.0, "accepted for compatibility: has no effect", per_model=True),

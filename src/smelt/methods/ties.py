@@ -24,7 +24,7 @@ import numpy as np
 
 from ..kernels.program import Call, Copy, Cut, Rank, Step, Totals, call
 from ..kernels.vocabulary import sign, where
-from .registry import EXCLUDE, LAMBDA, SCOPE, Citation, Method, Parameter, Steps, weight
+from .registry import EXCLUDE, LAMBDA, SCOPE, Citation, Method, Parameter, Steps, weight_parameter
 from .task_arithmetic import INT8_MASK
 from .tensors import Model, Tensor, delta, kept_delta
 
@@ -45,7 +45,9 @@ def elect_by_mass(base: Any, models: Any, kept: Any, thresholds: Any, centers: A
     return where(total > 0, 1, where(total < 0, -1, fallback))
 
 
-def elect_by_norm_mass(base: Any, models: Any, kept: Any, thresholds: Any, centers: Any, norms: Any, fallback: Any) -> Any:
+def elect_by_norm_mass(
+    base: Any, models: Any, kept: Any, thresholds: Any, centers: Any, norms: Any, fallback: Any
+) -> Any:
     total = 0
     for model, keep, threshold, center, norm in zip(models, kept, thresholds, centers, norms):  # noqa: B905
         tau = trimmed(base, model, keep, threshold, center)
@@ -67,7 +69,14 @@ def elect_by_norm_fraction(
 
 
 def mean_of_agreeing(
-    base: Any, models: Any, kept: Any, thresholds: Any, centers: Any, factors: Any, weights: Any, direction: Any
+    base: Any,
+    models: Any,
+    kept: Any,
+    thresholds: Any,
+    centers: Any,
+    factors: Any,
+    weights: Any,
+    direction: Any,
 ) -> Any:
     total = 0
     mass = 0
@@ -401,9 +410,7 @@ def elect_and_merge(tensor: Tensor, kept: tuple[Any, ...], thresholds: tuple[Any
     return elected(tensor, kept, thresholds, factors)
 
 
-def elected(
-    tensor: Tensor, kept: tuple[Any, ...], thresholds: tuple[Any, ...], factors: tuple[float, ...]
-) -> Call:
+def elected(tensor: Tensor, kept: tuple[Any, ...], thresholds: tuple[Any, ...], factors: tuple[float, ...]) -> Call:
     """Election by weighted values, an even vote counting as positive; mean with ``normalize``, else sum."""
     weights = tensor.each["weight"]
     shared = {
@@ -460,7 +467,7 @@ PAPER_ONLY = (
     EXCLUDE,
     Parameter("trim", "str", "topk", "what to keep: the largest share, above c deviations, a share of the mass",
               choices=("topk", "std", "nf", "none"), mergekit=False),
-    Parameter("threshold", "float", 0.0, "c of trim: std, or the share of squared mass of trim: nf", low=0, mergekit=False),
+    Parameter("threshold", "float", 0.0, "c of trim: std, share of squared mass of trim: nf", low=0, mergekit=False),
     Parameter("rounding", "str", "ge", "rank of the threshold: d - int(d k), or MergeLM's int(d (1 - k))",
               choices=("ge", "mergelm"), mergekit=False),
     Parameter("sign", "str", "mass", "how the sign is elected",
@@ -481,7 +488,7 @@ METHODS = (
         passes=passes,
         min_models=0,
         parameters=(
-            weight(defaults=(("paper", 1.0),)),
+            weight_parameter(defaults=(("paper", 1.0),)),
             Parameter("density", "float", 1.0, "share of each task vector that is kept", per_model=True,
                       low=0, high=1, defaults=(("paper", 0.2),)),
             *FAMILY,

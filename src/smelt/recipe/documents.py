@@ -100,9 +100,7 @@ class _Builder:
         if depth > MAX_DEPTH:
             raise UsageError(position.report(_too_deep()))
         if self.count > MAX_NODES:
-            raise UsageError(
-                position.report(f"more than {MAX_NODES} values (aliases count as often as they are used)")
-            )
+            raise UsageError(position.report(f"more than {MAX_NODES} values (aliases count as often as they are used)"))
 
 
 class _FromYaml(_Builder):
@@ -115,9 +113,7 @@ class _FromYaml(_Builder):
             nodes, keys = self.entries(node, depth, path)
             return Fields(position, nodes, keys)
         if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
-            return Items(
-                position, tuple(self.node(n, depth + 1, f"{path}[{i}]") for i, n in enumerate(node.value))
-            )
+            return Items(position, tuple(self.node(n, depth + 1, f"{path}[{i}]") for i, n in enumerate(node.value)))
         if isinstance(node, yaml.ScalarNode) and node.tag in _TEXTUAL | _CONSTRUCTED:
             return self.leaf(node, position)
         self.report.fail(position, f"the tag {show(_short(node.tag))} is not allowed in a recipe")
@@ -134,9 +130,7 @@ class _FromYaml(_Builder):
             self.report.note(position, f"{show(node.value)} is read as the number {value}")
         return Leaf(position, value, node.value, plain=node.style is None)
 
-    def entries(
-        self, mapping: yaml.MappingNode, depth: int, path: str
-    ) -> tuple[dict[str, Node], dict[str, Position]]:
+    def entries(self, mapping: yaml.MappingNode, depth: int, path: str) -> tuple[dict[str, Node], dict[str, Position]]:
         """The own entries of a mapping and, below them, what ``<<`` merges in."""
         nodes: dict[str, Node] = {}
         keys: dict[str, Position] = {}
@@ -148,9 +142,7 @@ class _FromYaml(_Builder):
             elif not isinstance(key, yaml.ScalarNode):
                 self.report.fail(place, "a key must be a word")
             elif key.value in nodes:
-                self.report.fail(
-                    place, f"the key {show(key.value)} is given twice (first in {keys[key.value]})"
-                )
+                self.report.fail(place, f"the key {show(key.value)} is given twice (first in {keys[key.value]})")
             else:
                 keys[key.value] = place
                 nodes[key.value] = self.node(value, depth + 1, _join(path, key.value))
@@ -195,12 +187,8 @@ class _FromPlain(_Builder):
         position = Position(self.origin, path=path)
         self.enter(position, depth)
         if isinstance(data, Mapping):
-            nodes = {
-                str(key): self.node(value, depth + 1, _join(path, str(key))) for key, value in data.items()
-            }
-            return Fields(
-                position, nodes, {key: Position(self.origin, path=_join(path, key)) for key in nodes}
-            )
+            nodes = {str(key): self.node(value, depth + 1, _join(path, str(key))) for key, value in data.items()}
+            return Fields(position, nodes, {key: Position(self.origin, path=_join(path, key)) for key in nodes})
         if isinstance(data, Sequence) and not isinstance(data, str | bytes):
             return Items(position, tuple(self.node(n, depth + 1, f"{path}[{i}]") for i, n in enumerate(data)))
         value = self.scalar(data, position)

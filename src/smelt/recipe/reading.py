@@ -63,9 +63,7 @@ def read_recipe(node: Node, text: str, report: Report) -> Recipe | None:
 def _check_one_form(section: Section) -> None:
     given = [key for key in ("models", "slices", "modules") if _filled(section.get(key))]
     if len(given) > 1:
-        section.fail(
-            given[1], f"exactly one of models, slices and modules may be given, found {' and '.join(given)}"
-        )
+        section.fail(given[1], f"exactly one of models, slices and modules may be given, found {' and '.join(given)}")
     elif not given:
         section.fail("models", "a recipe needs one of models, slices and modules, with something in it")
 
@@ -77,9 +75,7 @@ def _filled(node: Node | None) -> bool:
 
 def _check_one_tokenizer(section: Section) -> None:
     if section.get("tokenizer") and section.get("tokenizer_source"):
-        section.fail(
-            "tokenizer_source", "tokenizer_source is the older form of tokenizer.source: give only one"
-        )
+        section.fail("tokenizer_source", "tokenizer_source is the older form of tokenizer.source: give only one")
 
 
 def _settings(section: Section) -> Mapping[str, Setting]:
@@ -244,9 +240,7 @@ def _output(section: Section) -> OutputOptions | None:
     inner = Section(node, ("dtype", "shard_size", "format"), "output", section.report)
     if inner.get("dtype") and section.get("out_dtype"):
         inner.fail("dtype", "output.dtype says the same as out_dtype: give only one")
-    return OutputOptions(
-        inner.dtype("dtype"), _shard_size(inner), inner.word("format", FORMATS) or "safetensors"
-    )
+    return OutputOptions(inner.dtype("dtype"), _shard_size(inner), inner.word("format", FORMATS) or "safetensors")
 
 
 def _shard_size(section: Section) -> int | None:

@@ -36,18 +36,14 @@ def parse_reference(text: str, position: Position) -> ModelReference:
     """``path[@revision][+adapter[@revision]]``. ValueError says what is wrong with ``text``."""
     model, *adapters = text.split("+")
     if len(adapters) > 1:
-        raise ValueError(
-            f"more than one + in {show(text)}; for a path with + write model: {{model: {{path: ...}}}}"
-        )
+        raise ValueError(f"more than one + in {show(text)}; for a path with + write model: {{model: {{path: ...}}}}")
     return _reference(_part(model), _part(adapters[0]) if adapters else None, None, position)
 
 
 def _part(text: str) -> Part:
     path, *revisions = text.split("@")
     if len(revisions) > 1:
-        raise ValueError(
-            f"more than one @ in {show(text)}; for a path with @ write model: {{model: {{path: ...}}}}"
-        )
+        raise ValueError(f"more than one @ in {show(text)}; for a path with @ write model: {{model: {{path: ...}}}}")
     if not path or revisions == [""]:
         raise ValueError(f"{show(text)} does not name a model: it has an empty part")
     return path, revisions[0] if revisions else None
@@ -81,9 +77,7 @@ def _read_part(node: Node, report: Report) -> Part | None:
         return None
 
 
-def _reference(
-    model: Part, lora: Part | None, architecture: str | None, position: Position
-) -> ModelReference:
+def _reference(model: Part, lora: Part | None, architecture: str | None, position: Position) -> ModelReference:
     (path, revision), (lora_path, lora_revision) = model, lora or (None, None)
     return ModelReference(
         _text(model, lora, architecture), path, position, revision, lora_path, lora_revision, architecture
@@ -94,9 +88,7 @@ def _text(model: Part, lora: Part | None, architecture: str | None) -> str:
     """The string form where it says the same, else the mapping as JSON: never one text for two models."""
     parts = [part for part in (model, lora) if part]
     spelt = "+".join("@".join(filter(None, part)) for part in parts)
-    if architecture is None and not any(
-        sign in (text or "") for part in parts for text in part for sign in "+@"
-    ):
+    if architecture is None and not any(sign in (text or "") for part in parts for text in part for sign in "+@"):
         return spelt
     form: dict[str, Any] = {"model": _mapping(model)}
     if lora:

@@ -31,7 +31,10 @@ def is_number(value: Scalar) -> bool:
 
 
 def convert(value: Scalar, kind: str) -> bool | int | float | str:
-    """``value`` as a parameter of ``kind`` (float, int, bool, str) wants it. ValueError says what was expected and found."""
+    """``value`` as a parameter of ``kind`` (float, int, bool, str) wants it.
+
+    Raises ValueError saying what was expected and found.
+    """
     if kind == "bool":
         return _boolean(value)
     if kind == "str":

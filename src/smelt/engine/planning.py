@@ -208,9 +208,7 @@ def _planned(recipe: Recipe, method: Method, options: Options, inputs: Inputs) -
     return Plan(recipe, method, resolver.variant, seed, options, inputs, chart, tuple(outputs), notices)
 
 
-def _output(
-    recipe: Recipe, method: Method, piece: Piece, resolver: Resolver, inputs: Inputs, seed: int
-) -> Output:
+def _output(recipe: Recipe, method: Method, piece: Piece, resolver: Resolver, inputs: Inputs, seed: int) -> Output:
     """One output tensor: what it is made of, in which dtype."""
     infos = [source.input.checkpoint.tensors[source.name] for source in piece.sources]
     piece = _decided(piece, method, resolver, [info.dtype for info in infos])
@@ -289,5 +287,3 @@ def _shape_problems(output: Output) -> list[str]:
         dtypes = ", ".join(f"{label} {info.dtype}" for label, info in infos.items())
         return [f"tensor {show(output.name)}: floating in some models and not in others: {dtypes}"]
     return []
-
-

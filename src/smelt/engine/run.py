@@ -22,7 +22,7 @@ from .execute import Executor, Job, Steps
 from .inputs import identity, licence_of, side_files
 from .manifest import NAME, dump, manifest
 from .options import options_of
-from .plan import Output, Plan, RecipeLike, make_plan, read_recipe
+from .planning import Output, Plan, RecipeLike, make_plan, read_recipe
 from .progress import Progress, Silent
 from .publish import check_destination, check_space, staging
 from .sink import DiskSink
@@ -88,7 +88,7 @@ def _check_before_running(plan: Plan, out: Path) -> list[str]:
 
 def _check_backbones(plan: Plan) -> list[str]:
     """Refuse models of different descent unless forced; returns what is only worth a warning."""
-    if plan.recipe.models is None or plan.method.max_models == 1 and plan.method.base == "ignored":
+    if plan.recipe.models is None or (plan.method.max_models == 1 and plan.method.base == "ignored"):
         return []
     base = plan.inputs[plan.recipe.base_model] if plan.recipe.base_model is not None else None
     models = [item.checkpoint for item in plan.inputs if item is not base]
@@ -181,9 +181,7 @@ def _job(plan: Plan, output: Output) -> Job:
 # --- what travels with them -----------------------------------------------------------------------------
 
 
-def _write_side_files(
-    plan: Plan, folder: Path, title: str, tensors: dict[str, Any], warnings: list[str]
-) -> None:
+def _write_side_files(plan: Plan, folder: Path, title: str, tensors: dict[str, Any], warnings: list[str]) -> None:
     """Config, tokenizer, model card, and last the manifest with the SHA-256 of all of them."""
     donor = plan.inputs.donor
     files = side_files(donor.checkpoint)

@@ -1,0 +1,163 @@
+"""What the tensors of one model are: layer, depth and role of each, from names, shapes and config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .config import Config, KeyPath, layer_patterns, lists_per_layer, section_at
+from .depth import Stack, find_stacks
+from .names import expert_in, first_index
+from .roles import role_of
+from .ties import Shape, Vocabulary
+
+Kind = Literal["pre", "layer", "post", "loose"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRole:
+    """One tensor's place in the model.
+
+    Attributes
+    ----------
+    role: see ``roles``; "other" when it is not known.
+    stack: the container of its layers ("model.layers"), or None outside of all stacks.
+    layer: its layer's index; layers: how many the stack has; depth: layer / (layers - 1), 1.0 in a stack of one.
+    expert: the number of its expert, or None.
+    kind: "layer"; "pre" (before the layers), "post" (final norm and heads); "loose" when the model has no
+        stack, or the tensor lies behind the layers that the config counts.
+    """
+
+    name: str
+    role: str
+    kind: Kind
+    stack: str | None = None
+    layer: int | None = None
+    layers: int | None = None
+    expert: int | None = None
+
+    @property
+    def depth(self) -> float | None:
+        if self.layer is None or self.layers is None:
+            return None
+        return self.layer / (self.layers - 1) if self.layers > 1 else 1.0
+
+
+class Structure:
+    """The roles of all tensors of one model. Iterates over the roles, sorted by name. Made by :meth:`of`.
+
+    Attributes
+    ----------
+    roles: name -> role.
+    stacks: the stacks of layers, sorted by prefix.
+    remarks: sentences on what was not understood.
+    vocabulary: embedding and head.
+    """
+
+    def __init__(self, shapes: Mapping[str, Shape | None], config: Config) -> None:
+        known = {name: shape for name, shape in shapes.items() if shape is not None}
+        self._config = config
+        self.stacks, self.remarks = find_stacks(shapes, known, config)
+        self._stack_of = {stack.prefix: stack for stack in self.stacks}
+        self.roles = {name: self._classify(name, shapes) for name in sorted(shapes)}
+        self.vocabulary = Vocabulary({role.name: role.role for role in self}, known, config)
+
+    @classmethod
+    def of(cls, names: Iterable[str] | Mapping[str, Iterable[int]], config: Config | None = None) -> Structure:
+        """The structure of a model with these tensors: names, or names with shapes (which tell more).
+
+        The order of the names does not matter. Without a config, or for names that it does not explain,
+        there are no stacks and every tensor is "loose".
+        """
+        if isinstance(names, Mapping):
+            return cls({name: tuple(shape) for name, shape in names.items()}, config or {})
+        return cls(dict.fromkeys(names), config or {})
+
+    def __getitem__(self, name: str) -> TensorRole:
+        return self.roles[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.roles
+
+    def __iter__(self) -> Iterator[TensorRole]:
+        return iter(self.roles.values())
+
+    def __len__(self) -> int:
+        return len(self.roles)
+
+    def get(self, name: str) -> TensorRole | None:
+        return self.roles.get(name)
+
+    # --- layers -----------------------------------------------------------------------------------------
+
+    def _classify(self, name: str, stored: Container[str]) -> TensorRole:
+        role, expert, cut = role_of(name, stored), expert_in(name), first_index(name)
+        stack = self._stack_of.get(cut.container) if cut else None
+        if cut is None or stack is None:
+            return TensorRole(name, role, self._outside(name, role), expert=expert)
+        if cut.number >= stack.count:
+            return TensorRole(name, role, "loose", expert=expert)
+        return TensorRole(name, role, "layer", stack.prefix, cut.number, stack.count, expert)
+
+    def _outside(self, name: str, role: str) -> Kind:
+        if not self.stacks:
+            return "loose"
+        first_norm = "embed" in name or "pre_l" in name
+        return "post" if role.startswith("head") or (role == "norm" and not first_norm) else "pre"
+
+    @property
+    def main_stack(self) -> Stack | None:
+        """The only stack, which ``slices:`` address; None when there is none, or more than one."""
+        return self.stacks[0] if len(self.stacks) == 1 else None
+
+    def rename_layer(self, name: str, layer: int) -> str:
+        """``name`` in another layer; names outside of all stacks stay as they are."""
+        cut = first_index(name)
+        return str(cut._replace(number=layer)) if cut and cut.container in self._stack_of else name
+
+    @property
+    def layer_count_key(self) -> KeyPath | None:
+        """Where config.json states the main stack's number of layers: the first of its ``count_keys``
+        (some families repeat the number: all of them change together)."""
+        keys = self.main_stack.count_keys if self.main_stack else ()
+        return keys[0] if keys else None
+
+    @property
+    def per_layer_lists(self) -> dict[KeyPath, list[Any]]:
+        """Entries of config.json that are lists with one element per layer of the main stack."""
+        return self._beside_count(lists_per_layer)
+
+    @property
+    def layer_patterns(self) -> dict[KeyPath, Any]:
+        """Entries of config.json that speak of layers by period, count or index (``mlp_only_layers``,
+        ``first_k_dense_replace``): no longer right when layers move."""
+        return self._beside_count(lambda section, _: layer_patterns(section))
+
+    def _beside_count(self, find: Callable[[Config, int], dict[str, Any]]) -> dict[KeyPath, Any]:
+        """What ``find`` sees in the config section that holds the main stack's count."""
+        if self.main_stack is None or self.layer_count_key is None:
+            return {}
+        path = self.layer_count_key[:-1]
+        found = find(section_at(self._config, path), self.main_stack.count)
+        return {(*path, key): value for key, value in found.items()}
+
+    # --- vocabulary -------------------------------------------------------------------------------------
+
+    def vocabulary_axis(self, name: str) -> int | None:
+        """The axis of a stored tensor that runs over tokens, or None. Needs shapes."""
+        return self.vocabulary.axis(name)
+
+    def tied_source(self, name: str) -> str | None:
+        """The stored embedding that stands for the absent head ``name``, or None."""
+        return self.vocabulary.source(name)
+
+    @property
+    def tied_groups(self) -> tuple[tuple[str, ...], ...]:
+        """Stored tensors that config.json says are one."""
+        return self.vocabulary.groups()
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The stored matrices that give a logit per token."""
+        return self.vocabulary.heads

@@ -1,0 +1,180 @@
+"""Run mergekit's recipes and compare with what mergekit wrote: `python -m tests.mergekit_parity DIR`.
+
+DIR holds ``models/`` and ``cases/<id>/`` (``config.yaml``, ``case.json``, expected tensors). A case that uses
+what a later version brings is reported as ``not yet: reason`` and counted apart. Exit status 0 only when no
+case failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+import smelt
+
+Arrays = dict[str, Any]
+HERE = Path(__file__).parent / "mergekit_cases"
+
+#: Methods and programs of mergekit that later versions bring.
+LATER_METHODS = {
+    "nuslerp", "multislerp", "karcher", "model_stock", "sce", "breadcrumbs", "breadcrumbs_ties", "della",
+    "della_linear", "nearswap", "arcee_fusion", "ram", "ramplus_tl",
+}  # fmt: skip
+LATER_ENTRIES = {"mergekit-moe", "mergekit-multi", "mergekit-pytorch", "mergekit-extract-lora", "mergekit-tokensurgeon"}
+
+
+class Mismatch(Exception):
+    """The case came out wrong: the message says how."""
+
+
+class NotYet(Exception):
+    """The case needs what a later version brings."""
+
+
+def run_case(folder: Path, root: Path) -> None:
+    """Run one case. Raises Mismatch or NotYet."""
+    case = json.loads((folder / "case.json").read_text())
+    _refuse_later(case, folder)
+    wanted_error = case["expected"] == "error" and not case.get("defect")
+    try:
+        result = merged(case, folder, root)
+    except smelt.SmeltError as error:
+        reason = _later_reason(str(error))
+        if reason:
+            raise NotYet(reason) from error
+        if not wanted_error:
+            raise Mismatch(f"refused: {error}") from error
+        return
+    if wanted_error:
+        raise Mismatch("accepted what must be refused")
+    compare_with_any(result, case, folder)
+
+
+def _refuse_later(case: dict[str, Any], folder: Path) -> None:
+    if case["entry"] in LATER_ENTRIES:
+        raise NotYet(f"the job of {case['entry']}")
+    if "--unsafe-truncate-embeddings" in case["argv"]:
+        raise NotYet("cutting embeddings of different vocabularies")
+    if case["id"] == "sharded-bin":
+        raise NotYet("pickled checkpoints")
+    method = yaml.safe_load((folder / "config.yaml").read_text())["merge_method"]
+    if method in LATER_METHODS:
+        raise NotYet(f"method {method}")
+
+
+def _later_reason(message: str) -> str | None:
+    if "not executed by this version" in message:
+        return message.splitlines()[0].partition(": ")[2].removesuffix(" is understood but not executed by this version")
+    return None
+
+
+def merged(case: dict[str, Any], folder: Path, root: Path) -> Arrays:
+    """The merged tensors, through the front door that the case needs."""
+    with contextlib.chdir(root / case["cwd"]):
+        if case.get("random"):
+            return _with_recorded_masks(folder)
+        with tempfile.TemporaryDirectory() as scratch:
+            out = Path(scratch) / "OUT"
+            smelt.merge(folder.resolve() / "config.yaml", out)
+            _check_published(out)
+            with smelt.load(out) as checkpoint:
+                return {name: checkpoint[name] for name in checkpoint}
+
+
+def _check_published(out: Path) -> None:
+    report = smelt.verify(out)
+    if not report.ok:
+        raise Mismatch(f"the published folder does not verify: {report.problems[0]}")
+
+
+def _with_recorded_masks(folder: Path) -> Arrays:
+    """The same recipe in memory, with the draws that mergekit made."""
+    recipe = yaml.safe_load((folder / "config.yaml").read_text())
+    entries = [entry for entry in recipe["models"] if entry["model"] != recipe["base_model"]]
+    draws = smelt.load(folder.resolve() / "draws.safetensors")
+    masks = [
+        {name.split("/", 2)[2]: draws[name] for name in draws if name.startswith(f"mask/{index}/")}
+        for index in range(len(entries))
+    ]
+    names = sorted({name for entry in entries for name in entry["parameters"]})
+    return smelt.merge_tensors(
+        recipe["merge_method"],
+        [dict(smelt.load(entry["model"])) for entry in entries],
+        dict(smelt.load(recipe["base_model"])),
+        parameters={**recipe.get("parameters", {}), "variant": "mergekit"},
+        per_model={name: [entry["parameters"][name] for entry in entries] for name in names},
+        masks=masks,
+    )
+
+
+def compare_with_any(result: Arrays, case: dict[str, Any], folder: Path) -> None:
+    """Agreement with one of the expectations is enough."""
+    files = ["expected_correct.safetensors"] if case.get("defect") else ["expected.safetensors"]
+    if case.get("low_precision"):
+        files.append("expected_float32_compute.safetensors")
+    failures = []
+    for file in files:
+        try:
+            compare(result, dict(smelt.load(folder / file)), case["tolerance"])
+            return
+        except Mismatch as mismatch:
+            failures.append(f"{file}: {mismatch}")
+    raise Mismatch("; ".join(failures))
+
+
+def compare(result: Arrays, expected: Arrays, tolerance: dict[str, Any]) -> None:
+    """Same names, shapes, dtypes; |a - b| <= atol + rtol |b| for all elements, or all but a stated share."""
+    if any("experts.gate_up_proj" in name for name in expected.keys() - result.keys()):
+        raise NotYet("experts fused as in memory: merged and written per expert, as they are stored")
+    if set(result) != set(expected):
+        raise Mismatch(f"names differ: {sorted(set(result) ^ set(expected))[:4]}")
+    outside = total = 0
+    worst = ("", 0.0)
+    for name, wanted in expected.items():
+        got = result[name]
+        if got.shape != wanted.shape or got.dtype != wanted.dtype:
+            raise Mismatch(f"{name}: {got.dtype}{got.shape}, expected {wanted.dtype}{wanted.shape}")
+        a, b = got.astype(np.float64), wanted.astype(np.float64)
+        bad = ~(np.abs(a - b) <= tolerance["atol"] + tolerance["rtol"] * np.abs(b))
+        outside, total = outside + int(bad.sum()), total + bad.size
+        if bad.any() and np.abs(a - b).max() > worst[1]:
+            worst = (name, float(np.abs(a - b).max()))
+    if outside > tolerance.get("max_fraction_outside", 0) * total:
+        raise Mismatch(f"{outside} of {total} elements differ, most {worst[1]:.3g} in {worst[0]}")
+
+
+def cases_in(root: Path) -> Iterator[Path]:
+    if not (root / "cases").is_dir():
+        raise SystemExit(f"{root} has no cases folder")
+    yield from sorted(path.parent for path in (root / "cases").glob("*/case.json"))
+
+
+def main(arguments: list[str]) -> int:
+    root = Path(arguments[0] if arguments else HERE).resolve()
+    counts: Counter[str] = Counter()
+    for folder in cases_in(root):
+        try:
+            run_case(folder, root)
+            counts["passed"] += 1
+        except NotYet as reason:
+            counts["not yet"] += 1
+            print(f"{folder.name}: not yet: {reason}")
+        except Mismatch as mismatch:
+            counts["failed"] += 1
+            print(f"FAILED {folder.name}: {mismatch}")
+    print(f"{counts['not yet']} not yet")
+    print(f"{counts['passed']} passed, {counts['failed']} failed")
+    return 1 if counts["failed"] or not counts["passed"] else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
