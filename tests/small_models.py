@@ -18,7 +18,8 @@ HIDDEN, MLP, LAYERS, VOCAB = 64, 128, 2, 96
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": HIDDEN,
     "intermediate_size": MLP, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "vocab_size": VOCAB, "tie_word_embeddings": False, "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16",
+    "vocab_size": VOCAB, "tie_word_embeddings": False, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+    "torch_dtype": "bfloat16",
 }  # fmt: skip
 TOKENS = [f"token{index}" for index in range(VOCAB)]
 

@@ -18,6 +18,10 @@ PASSAGE_CHARACTERS = 360  # fills a context of 128 tokens with code, and most of
 LINES_PER_PASSAGE = 8
 DOCUMENT_CHARACTERS = 10_000
 WORDS = r"\s*\S+"
+ROMAN_SYMBOLS = {
+    **{1000: "M", 900: "CM", 500: "D", 400: "CD", 100: "C", 90: "XC"},
+    **{50: "L", 40: "XL", 10: "X", 9: "IX", 5: "V", 4: "IV", 1: "I"},
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ def load_domains(characters: int = 1_200_000, passages: int = 64) -> list[Domain
     return [
         text_domain("code", "Python code", python_sources(), characters, passages),
         text_domain("prose", "English prose", prose_documents(), characters, passages),
-        exercise_domain("sums", "Addition", sums(), r"(?<==)\d+\n", characters // 2, passages),
+        exercise_domain("roman", "Roman numerals", romans(), r"(?<=is) [A-Z]+\n", characters // 2, passages),
         text_domain("names", "Unicode names", character_names(), characters // 2, passages),
     ]
 
@@ -172,8 +176,16 @@ def character_names() -> Iterator[tuple[str, str]]:
         yield run[0], "\n".join(run) + "\n"
 
 
-def sums() -> Iterator[str]:
-    """Every addition of two numbers of at most two digits whose sum has at most two digits."""
-    for a in range(100):
-        for b in range(100 - a):
-            yield f"{a}+{b}={a + b}"
+def romans() -> Iterator[str]:
+    """Every number that has a Roman numeral."""
+    for number in range(1, 4000):
+        yield f"{number} is {roman(number)}"
+
+
+def roman(number: int) -> str:
+    """A number from 1 to 3999 in Roman numerals: 1994 is MCMXCIV."""
+    letters = ""
+    for value, symbol in ROMAN_SYMBOLS.items():
+        letters += symbol * (number // value)
+        number %= value
+    return letters

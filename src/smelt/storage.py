@@ -75,7 +75,7 @@ def identity(path: Path, descriptor: int | None = None) -> FileIdentity:
 
 
 def open_read(path: Path) -> int:
-    """A read-only descriptor of a regular file. A FIFO, device, socket or folder is refused, never waited on."""
+    """A read-only descriptor of a regular file. A FIFO, device, socket or folder is refused without waiting."""
     with _told("open", path):
         descriptor = _open_without_waiting(path)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -85,12 +85,27 @@ def open_read(path: Path) -> int:
 
 
 def _open_without_waiting(path: Path) -> int:
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        return os.open(path, flags)
     except OSError as error:
         if error.errno == errno.ENXIO:  # what a socket answers
             raise InputRejected(f"{shown(path)} is not a regular file") from error
+        if error.errno == errno.EMFILE and _allow_more_descriptors():
+            return os.open(path, flags)
         raise
+
+
+def _allow_more_descriptors() -> bool:
+    """Raise the soft limit to the hard one: checkpoints of hundreds of shards stay open. False if it is there."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == hard:
+        return False
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return True
 
 
 def close(descriptor: int) -> None:
@@ -158,12 +173,6 @@ def _allocate(descriptor: int, size: int, path: Path) -> None:
             reason = f"{size} bytes needed, {free} free: {error.strerror}"
             raise OperationFailed(f"no space for {shown(path)}: {reason}") from error
         raise OperationFailed(f"cannot allocate {shown(path)}: {error.strerror}") from error
-
-
-def reopen(path: Path) -> int:
-    """A descriptor for reading and writing of a file that smelt made before."""
-    with _told("open for writing", path):
-        return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
 
 
 def fsync(descriptor: int, path: object = "file") -> None:

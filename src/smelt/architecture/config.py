@@ -13,14 +13,18 @@ _DEPTH_KEYS = frozenset((
     "num_encoder_layers", "num_decoder_layers", "depth", "layers",
 ))  # fmt: skip
 
-#: Config entries that count layers or name them by index, without one entry per layer. Whoever changes the
-#: depth or the order of layers must look at them.
-_LAYER_PATTERNS = frozenset((
-    "mlp_only_layers", "first_k_dense_replace", "max_window_layers", "sliding_window_pattern", "decoder_sparse_step",
-    "moe_layer_freq", "interleave_moe_layer_step", "moe_layers", "no_rope_layer_interval", "attn_layer_indices",
-    "attn_layer_period", "attn_layer_offset", "expert_layer_period", "expert_layer_offset", "full_attention_interval",
-    "full_attn_idxs", "cross_attention_layers", "num_kv_shared_layers", "global_attn_every_n_layers",
-    "moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval",
+#: Config entries that list layers by index.
+_INDEX_LISTS = frozenset((
+    "mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idxs", "cross_attention_layers",
+))  # fmt: skip
+
+#: Config entries that speak of layers by count or period, or pack them into one word.
+_PERIODS = frozenset((
+    "first_k_dense_replace", "max_window_layers", "sliding_window_pattern", "decoder_sparse_step", "moe_layer_freq",
+    "interleave_moe_layer_step", "no_rope_layer_interval", "attn_layer_period", "attn_layer_offset",
+    "expert_layer_period", "expert_layer_offset", "full_attention_interval", "num_kv_shared_layers",
+    "global_attn_every_n_layers", "moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval",
+    "attention_types", "hybrid_override_pattern",
 ))  # fmt: skip
 
 _NOT_PER_LAYER = ("token", "architectures", "section", "size", "label", "languages")
@@ -37,7 +41,9 @@ def sections(config: Config, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Conf
 
 
 def _is_model_config(key: str, value: Config) -> bool:
-    return "model_type" in value or (key.endswith("_config") and key not in ("quantization_config", "generation_config"))
+    return "model_type" in value or (
+        key.endswith("_config") and key not in ("quantization_config", "generation_config")
+    )
 
 
 def depths(config: Config) -> dict[KeyPath, int]:
@@ -63,16 +69,18 @@ def vocabulary_sizes(config: Config) -> set[int]:
 
 def lists_per_layer(section: Config, layers: int) -> dict[str, list[Any]]:
     """The entries of one config section that are lists with one element per layer."""
+    lists = {key: value for key, value in section.items() if isinstance(value, list) and len(value) == layers}
     return {
         key: value
-        for key, value in section.items()
-        if isinstance(value, list) and len(value) == layers and not any(word in key for word in _NOT_PER_LAYER)
+        for key, value in lists.items()
+        if key not in _INDEX_LISTS and not any(word in key for word in _NOT_PER_LAYER)
     }
 
 
-def layer_patterns(section: Config) -> dict[str, Any]:
-    """The entries of one section that speak of layers by count, period or index."""
-    return {key: value for key, value in section.items() if key in _LAYER_PATTERNS and value}
+def layer_patterns(section: Config, layers: int) -> dict[str, Any]:
+    """The entries of one section that speak of layers by count, period or index, and are no list per layer."""
+    named = {key: value for key, value in section.items() if key in _INDEX_LISTS | _PERIODS and value}
+    return {key: value for key, value in named.items() if key not in lists_per_layer(section, layers)}
 
 
 def section_at(config: Config, path: KeyPath) -> Config:

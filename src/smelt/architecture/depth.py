@@ -45,13 +45,11 @@ def find_stacks(names: Iterable[str], shapes: Shapes, config: Config) -> tuple[t
     known, extra = depths(config), extra_layers(config)
     stacks, remarks = [], []
     for prefix, children in sorted(_containers(names, shapes).items()):
-        if not _are_blocks(children):
-            continue
-        numbers = [n for n in sorted(set(known.values())) if len(children) - n in extra and n > 0]
+        numbers = [n for n in sorted(set(known.values())) if len(children) - n in extra]
         whole = set(children) == set(range(len(children)))
-        if whole and numbers:
+        if whole and numbers and _are_alike(children):
             stacks.append(Stack(prefix, numbers[-1], _count_keys(prefix, numbers[-1], known)))
-        elif prefix.rpartition(".")[2] in _LAYER_WORDS:
+        elif prefix.rpartition(".")[2] in _LAYER_WORDS and _are_blocks(children):
             remarks.append(_remark(prefix, children, known))
     remarks += [
         f"{s.prefix}: config.json does not tell which key counts its layers" for s in stacks if not s.count_keys
@@ -68,11 +66,15 @@ def _containers(names: Iterable[str], shapes: Shapes) -> dict[str, dict[int, _Ch
     return found
 
 
-def _are_blocks(children: Mapping[int, _Child]) -> bool:
+def _are_alike(children: Mapping[int, _Child]) -> bool:
     """Whether the children share a tensor that is more than a bare weight: single modules in a row are no
     layers, and stages of different width are not alike."""
     first, *others = children.values()
     return any("." in rest for rest, _ in first.intersection(*others))
+
+
+def _are_blocks(children: Mapping[int, _Child]) -> bool:
+    return all(any("." in rest for rest, _ in child) for child in children.values())
 
 
 def _count_keys(prefix: str, count: int, known: Mapping[KeyPath, int]) -> tuple[KeyPath, ...]:

@@ -27,7 +27,8 @@ _RULES = (
                        r"relative_position_index")),
     ("norm", _ending(r"[lb]n(_?[a-z0-9]{1,5})?", r"\w*([nN]orm|layrnorm)\w*", r"running_(mean|var)")),
     ("router.shared", _ending(r"shared_expert_gate")),
-    ("router", _ending(r"(\w*moe|mlp|ffn|feed_forward)\.gate(\.\w+)?", r"router(\.\w+)*")),
+    ("router", _ending(r"(\w*moe|mlp|ffn|feed_forward)\.gate(\.\w+)?", r"router(\.\w+)*",
+                       r"e_score_correction_bias")),
     ("position", _ending(r"wpe", r"\w*position\w*embed\w*", r"embed_positions", r"\w*pos_emb\w*",
                          r"relative_attention_bias", r"relative_position_bias_table")),
     ("input", _ending(r"token_type_embeddings", r"\w*patch_embed\w*(\.proj\w*)?", r"encoder\.conv[12]",
@@ -35,9 +36,9 @@ _RULES = (
     ("head.task", _ending(r"(pre_)?classifier(\.\w+)*", r"score", r"qa_outputs", r"pooler(\.\w+)*", r"seq_relationship",
                           r"(text|visual)_projection", r"logit_(scale|bias)")),
     ("head", _ending(r"lm_head(\.decoder)?", r"embed_out", r"cls\.predictions(\.decoder)?", r"vocab_projector")),
-    ("head", re.compile(r"^(\w+\.)?(output|output_layer|proj_out)$")),
-    ("head.transform", _ending(r"lm_head\.\w+", r"cls\.predictions\.transform\.\w+", r"vocab_transform")),
-    ("embedding", _ending(r"embed_tokens\w*", r"wte", r"word_embeddings?", r"tok_embeddings", r"token_embeddings?",
+    ("head", re.compile(r"^((\w+\.)?(output|output_layer|output_projection|proj_out)|decoder)$")),
+    ("head.transform", _ending(r"lm_head\.\w+", r"cls\.predictions(\.\w+)+", r"vocab_transform")),
+    ("embedding", _ending(r"embed_tokens\w*", r"wte", r"word_embeddings?", r"tok(ens?)?_embed(dings?)?",
                           r"embed_in", r"shared", r"embeddings?")),
 )  # fmt: skip
 
@@ -72,7 +73,7 @@ _SSM = _table(
     dt="dt_proj dt_bias",
     out="out_proj",
     conv="conv1d",
-    **{"in": "in_proj in_proj_qkvz in_proj_ba"},
+    **{"in": "in_proj in_proj_qkvz in_proj_ba in_proj_qkv in_proj_z in_proj_a in_proj_b"},
 )
 
 #: The block, by what the path to the tensor contains, and the parts that may play in it; innermost first.

@@ -132,7 +132,7 @@ class Structure:
     def layer_patterns(self) -> dict[KeyPath, Any]:
         """Entries of config.json that speak of layers by period, count or index (``mlp_only_layers``,
         ``first_k_dense_replace``): no longer right when layers move."""
-        return self._beside_count(lambda section, _: layer_patterns(section))
+        return self._beside_count(layer_patterns)
 
     def _beside_count(self, find: Callable[[Config, int], dict[str, Any]]) -> dict[KeyPath, Any]:
         """What ``find`` sees in the config section that holds the main stack's count."""

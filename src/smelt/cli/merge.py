@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import UsageError, show
+from ..storage import listdir
 from .options import common, json_option, settings
 from .output import duration, plain, print_json, print_pairs, print_table, size
 from .progress import bar
 
 if TYPE_CHECKING:
     from ..engine import Artifact, Plan
+    from ..recipe import Recipe
 
 
 @click.command(short_help="Run a recipe: merge models into a new folder.")
@@ -21,7 +26,7 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Plan and check everything, read no weights, write nothing.")
 @click.option("--memory", default="1GiB", metavar="SIZE", show_default=True, help="Budget for buffers.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: the cores this process may use.")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--device", default="cpu", metavar="NAME", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("--seed", type=click.IntRange(min=0), help="Overrides the recipe's seed.")
 @click.option("--shard-size", default="5GB", metavar="SIZE", show_default=True, help="Largest weight file.")
 @click.option(
@@ -42,31 +47,33 @@ def command(recipe: str, out: str | None, dry_run: bool, as_json: bool, **option
 
     The folder appears when everything is written and synced, or not at all. Prints its path.
     """
+    if out is None and not dry_run:
+        raise click.UsageError("OUT is missing: name the folder to create, or add --dry-run")
     source = _recipe(recipe)
     if dry_run:
         from ..engine import plan
 
-        _show_plan(plan(source, **_planned(options)), as_json)
+        planned = plan(source, **options)
+        _show_plan(planned, as_json)
+        planned.close()
         return
-    if out is None:
-        raise click.UsageError("OUT is missing: name the folder to create, or add --dry-run")
     from ..engine import merge
 
-    artifact = merge(source, out, progress=bar(settings().quiet), **options)
+    artifact = merge(source, str(out), progress=bar(settings().quiet), **options)
     _show_artifact(artifact, as_json)
 
 
-def _recipe(argument: str) -> Any:
+def _recipe(argument: str) -> str | Sequence[Recipe]:
     """What the engine takes: a path, or the recipes read from stdin."""
-    if argument != "-":
-        return argument
-    from ..recipe import parse
+    from ..recipe import did_you_mean, parse
 
-    return parse(sys.stdin.read(), "<stdin>")
-
-
-def _planned(options: dict[str, Any]) -> dict[str, Any]:
-    return options
+    if argument == "-":
+        return parse(sys.stdin.read(), "<stdin>")
+    path = Path(argument)
+    if not path.is_file():
+        neighbours = listdir(path.parent) if path.parent.is_dir() else []
+        raise UsageError(f"no such recipe file: {show(argument)}{did_you_mean(path.name, neighbours)}")
+    return argument
 
 
 def _show_artifact(artifact: Artifact, as_json: bool) -> None:
@@ -89,14 +96,15 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
     if as_json:
         print_json(facts)
         return
-    rows = facts["rows"]
-    columns = list(rows[0]) if rows else []
-    print_table(columns, [[plain(row[column]) for column in columns] for row in rows], "Output tensors")
+    columns = ("output tensor", "dtype", "shape", ">size", "action", "per model")
+    print_table(columns, [_row(row) for row in facts["rows"]])
+    passes = facts["passes"]
     print_pairs(
         {
             "method": f"{facts['method']} ({facts['variant']})",
             "tensors": str(facts["tensors"]),
-            "passes": str(facts["passes"]),
+            "inputs": ", ".join(map(plain, facts["inputs"])),
+            "passes": f"{passes['whole_model']} over all inputs, {passes['per_tensor']} per tensor, one to merge",
             "reads": size(facts["bytes_read"]),
             "writes": size(facts["bytes_written"]),
             "disk needed": size(facts["disk_needed"]),
@@ -106,3 +114,13 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
     )
     for notice in facts["notices"]:
         print(f"note: {notice}", file=sys.stderr)
+
+
+def _row(row: Mapping[str, Any]) -> tuple[str, ...]:
+    each = [
+        f"{name} {' '.join(f'{value:g}' for value in values)}"
+        for name, values in row["parameters"].items()
+        if isinstance(values, list) and all(isinstance(value, int | float) for value in values)
+    ]
+    action = f"{row['action']} ({row['why']})" if row["why"] else row["action"]
+    return plain(row["tensor"]), row["dtype"], str(row["shape"]), size(row["bytes"]), action, ", ".join(each)

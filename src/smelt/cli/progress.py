@@ -31,8 +31,6 @@ class Bar:
             self._label, self._total, self._done = label, total_bytes, 0
             self._started = time.monotonic()
             self._next = self._started + _PATIENCE
-            if self._drawn is not None:
-                self._drawn.reset(0, total=total_bytes, description=label)
 
     def advance(self, nbytes: int) -> None:
         with self._lock:
@@ -43,8 +41,8 @@ class Bar:
 
     def finish(self) -> None:
         with self._lock:
+            self._next = float("inf")  # a thread that comes late draws nothing
             if self._drawn is not None:
-                self._drawn.update(0, completed=self._done)
                 self._drawn.stop()
                 self._drawn = None
 

@@ -59,5 +59,5 @@ def tensor_rows(checkpoint: Checkpoint, structure: Structure) -> list[dict[str, 
             "expert": structure[name].expert,
             "depth": structure[name].depth,
         }
-        for name, info in ((name, checkpoint.tensors[name]) for name in by_layer(structure, structure))
+        for name, info in ((name, checkpoint.tensors[name]) for name in by_layer(structure, checkpoint.tensors))
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
+from ..architecture import role_of
 from ..checkpoint import Checkpoint
 from ..engine.findings import Finding
 from ..errors import show
@@ -63,10 +64,13 @@ def _shapes(everyone: Sequence[Checkpoint], wanted: Iterable[str]) -> list[Findi
         if len(set(shapes.values())) > 1:
             groups[tuple(f"{show(label)}: {list(shape)}" for label, shape in shapes.items())].append(name)
     labels = [checkpoint.label for checkpoint in everyone]
-    return [
-        _error("shapes-differ", labels, f"{_listed(names)} differ in shape: {', '.join(shapes)}", names)
-        for shapes, names in groups.items()
-    ]
+    found = []
+    for differing, names in groups.items():
+        tokens = {role_of(name) for name in names} <= {"embedding", "head"}
+        what = "vocabularies differ: " if tokens else ""
+        text = f"{what}{_listed(names)} differ in shape: {', '.join(differing)}"
+        found.append(_error("vocabulary-rows-differ" if tokens else "shapes-differ", labels, text, names))
+    return found
 
 
 def _dtypes(everyone: Sequence[Checkpoint], wanted: Iterable[str]) -> list[Finding]:

@@ -29,7 +29,8 @@ def by_layer(structure: Structure, names: Iterable[str]) -> dict[str, str]:
 
 def _place(tensor: TensorRole) -> tuple[int, str, int, str]:
     container, index = _block(tensor)
-    return _ORDER[tensor.kind], container, index, tensor.name
+    place = len(_ORDER) if tensor.kind == "post" and tensor.role.startswith("head") else _ORDER[tensor.kind]
+    return place, container, index, tensor.name
 
 
 def _block(tensor: TensorRole) -> tuple[str, int]:

@@ -16,7 +16,7 @@ from ..kernels.dtypes import DTYPES
 
 Sample = Literal["auto", "full"] | float
 
-_RUN, _CHUNK = 1 << 14, 1 << 17  # elements read at a time: of a sample, of everything
+_RUN, _CHUNK = 1 << 14, 1 << 16  # elements read at a time: of a sample, of everything
 _READ_WHOLE, _AUTO = 1 << 25, 1 << 24  # elements per model
 
 
@@ -57,7 +57,7 @@ class Sampling:
 
 
 def read_rows(checkpoints: Sequence[Checkpoint], name: str, sampling: Sampling) -> Iterator[list[npt.NDArray[Any]]]:
-    """The elements to look at of tensor ``name``, as numbers, up to 131 072 at a time: one array each."""
+    """The elements to look at of tensor ``name``, as numbers, up to 65 536 at a time: one array each."""
     runs = sampling.runs(checkpoints[0].tensors[name].count)
     at_once = max(1, _CHUNK // runs[0][1]) if runs else 1
     for first in range(0, len(runs), at_once):

@@ -42,7 +42,7 @@ def survey(
 ) -> Survey:
     """Read the tensors named by ``groups`` (tensor -> layer, in order of depth) and sum them up.
 
-    Memory: a run of at most 131 072 elements per thread and model, and 33 KB per layer and model.
+    Memory: a run of at most 65 536 elements per thread and model, and 33 KB per layer and model.
     """
     everyone = [base, *models]
     result = Survey(base.label, tuple(model.label for model in models), TaskVectors.none(len(models)))

@@ -94,7 +94,7 @@ class RankReducer:
         self.done = self._search.absorb(sum(below for _, below in partials), counts)
         self.result = self._search.value
 
-    def _start(self, sample: npt.NDArray[np.uint64]) -> None:
+    def _start(self, sample: npt.NDArray[Any]) -> None:
         """A sample that is the whole answers at once; any other sets the first window."""
         self._sampled = True
         if len(sample) < self._population:

@@ -29,16 +29,17 @@ def compare_vocabularies(checkpoints: Sequence[Checkpoint]) -> list[Finding]:
     special tokens differ (``special-tokens-differ``), one has more tokens (``vocabulary-sizes-differ``), or a
     file is not of a layout that is known (``tokenizer-unreadable``).
     """
-    raw = [(checkpoint, content) for checkpoint in checkpoints if (content := _content(checkpoint)) is not None]
-    if not raw or all(content == raw[0][1] for _, content in raw):
+    stored = {checkpoint.label: _content(checkpoint) for checkpoint in checkpoints}
+    files = {label: file for label, file in stored.items() if file is not None}
+    if len(set(files.values())) < 2:
         return []
     read, found = [], []
-    for checkpoint, (name, content) in raw:
+    for label, (name, content) in files.items():
         try:
-            read.append((checkpoint.label, _Vocabulary(name, content)))
+            read.append((label, _Vocabulary(name, content)))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            text = f"{show(checkpoint.label)}: {name} is not a tokenizer of a known layout: {show(error, 80)}"
-            found.append(Finding("warning", "tokenizer-unreadable", (checkpoint.label,), text))
+            text = f"{show(label)}: {name} is not a tokenizer of a known layout: {show(error, 80)}"
+            found.append(Finding("warning", "tokenizer-unreadable", (label,), text))
     for label, vocabulary in read[1:]:
         found += _compare(*read[0], label, vocabulary)
     return found

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import storage
+from .program import SUM_BLOCK as BLOCK
 from .program import Call, Draw, Mask, Step
 from .source import Formula, source_of
 
@@ -108,23 +109,24 @@ class _Arguments:
         return self.parameters[-1]
 
 
-def _loop(arguments: _Arguments, body: list[str], out: str = "") -> list[str]:
-    """The loop over ``count`` elements; with draws, over blocks of 1024 filled with random words first.
+def _loop(arguments: _Arguments, body: list[str], out: tuple[str, ...] = (), after: list[str] | None = None) -> list[str]:
+    """The loop over ``count`` elements; with draws or ``after``, over blocks of 1024.
 
     Counting from 0 over whole arrays lets LLVM see that no index is negative; that is what vectorises. So a
-    block works on slices. ``out`` tells how to slice the output: "out[low:high]", or nothing.
+    block works on slices: its random words are drawn first, the elements computed, then ``after`` runs.
+    ``out`` names the arrays that are written.
     """
     element = [*arguments.loads, *body]
-    if not arguments.draws:
+    if not arguments.draws and not after:
         return ["for i in range(count):", *_deeper(element)]
     blocks = [f"philox_block(k{n}[0], k{n}[1], block, words{n})" for n in arguments.draws]
     blocks += ["shift = (block << 10) - start", "low, high = max(shift, 0), min(shift + 1024, total)"]
     blocks += [f"w{n} = words{n}[low - shift : high - shift]" for n in arguments.draws]
-    blocks += [f"{name} = all_{name}[low:high]" for name in arguments.arrays]
-    blocks += [f"out = all_{out}"] if out else []
-    blocks += ["for i in range(high - low):", *_deeper(element)]
+    arrays = [*arguments.arrays, *out]
+    blocks += [f"{name} = all_{name}[low:high]" for name in arrays]
+    blocks += ["count = high - low", "for i in range(count):", *_deeper(element), *(after or [])]
     return [
-        *(f"all_{name} = {name}" for name in [*arguments.arrays, *(["out"] if out else [])]),
+        *(f"all_{name} = {name}" for name in arrays),
         *(f"words{n} = np.empty(1024, np.uint32)" for n in arguments.draws),
         "total = count",
         "for block in range(start >> 10, (start + total + 1023) >> 10):",
@@ -136,8 +138,8 @@ def _deeper(lines: list[str]) -> list[str]:
     return ["    " + line for line in lines]
 
 
-def _function(parameters: list[str], lines: list[str]) -> str:
-    return "\n".join([f"def run({', '.join(parameters)}):", *_deeper(lines)]) + "\n"
+def _function(parameters: list[str], lines: list[str], name: str = "run") -> str:
+    return "\n".join([f"def {name}({', '.join(parameters)}):", *_deeper(lines)]) + "\n"
 
 
 def _map(arguments: _Arguments, out: str) -> str:
@@ -148,33 +150,33 @@ def _map(arguments: _Arguments, out: str) -> str:
         "out[i] = y",
     ]
     body += [f"bad_in |= {check}" for check in arguments.checks] + [f"bad_out |= nonfinite_{out}(y)"]
-    lines = ["count, bad_in, bad_out = out.shape[0], False, False", *_loop(arguments, body, "out[low:high]")]
+    lines = ["count, bad_in, bad_out = out.shape[0], False, False", *_loop(arguments, body, ("out",))]
     lines += ["return (1 if bad_in else 0) + (2 if bad_out else 0)"]
     return _function(["start", "out", *arguments.parameters], lines)
 
 
 def _count(arguments: _Arguments, out: str) -> str:
-    """Histogram of |value| as bits: what lies below ``low``, and bins of 2^width bits from there.
+    """Histogram of |value| as bits: what lies below ``bottom``, and bins of 2^width bits from there.
 
-    The only branch is the rare one: below ``low`` the difference wraps round to a huge number.
+    A block's magnitudes are computed first, in vectors; only filling the histogram goes one by one, and its
+    branch is rarely taken: below ``bottom`` the difference wraps round to a huge number.
     """
     body = [
         f"u = magnitude_PRECISION(PRECISION(formula({arguments.formula})))",
         "nan |= u > NAN_ABOVE",
-        "below += u < low",
-        "b = (u - low) >> width",
-        "if b < bins:",
-        "    histogram[b] += 1",
+        "below += u < bottom",
+        "above[i] = u - bottom",
     ]
-    lines = ["below, nan, bins = 0, False, np.uint64(histogram.shape[0])", *_loop(arguments, body)]
-    parameters = ["start", "count", "low", "width", "histogram", *arguments.parameters]
-    return _function(parameters, [*lines, "return below, nan"])
+    fill = ["for i in range(count):", "    if above[i] < span:", "        histogram[above[i] >> width] += 1"]
+    lines = ["below, nan, span = 0, False, MAGNITUDE(histogram.shape[0] << width)"]
+    lines += ["above = np.empty(1024, np.MAGNITUDE)", *_loop(arguments, body, after=fill), "return below, nan"]
+    return _function(["start", "count", "bottom", "width", "histogram", *arguments.parameters], lines)
 
 
 def _sample(arguments: _Arguments, out: str) -> str:
     """|value| as bits, element by element."""
     body = [f"out[i] = magnitude_PRECISION(PRECISION(formula({arguments.formula})))"]
-    loop = _loop(arguments, body, "out[low:high]")
+    loop = _loop(arguments, body, ("out",))
     return _function(["start", "out", *arguments.parameters], ["count = out.shape[0]", *loop])
 
 
@@ -186,11 +188,31 @@ def _equal(arguments: _Arguments, out: str) -> str:
     return _function(["start", "count", "wanted", *arguments.parameters], lines)
 
 
-def _values(arguments: _Arguments, out: str) -> str:
-    """The numbers that the formula returns, each in a row of its own."""
-    body = [f"y = formula({arguments.formula})", *(f"out[{k}, i] = y[{k}]" for k in range(int(out)))]
-    loop = _loop(arguments, body, "out[:, low:high]")
-    return _function(["start", "out", *arguments.parameters], ["count = out.shape[1]", *loop])
+def _sums(arguments: _Arguments, out: str) -> str:
+    """Sums of the numbers that the formula returns, or (``products``) of their pairs, per block of 4096.
+
+    ``fill`` writes each number into a row of its own; the rows of a block stay in the fastest cache.
+    """
+    width = int(out)
+    rows = [f"r{k}" for k in range(width)]
+    body = [f"y = formula({arguments.formula})", *(f"r{k}[i] = y[{k}]" for k in range(width))]
+    fill = _function(["start", "count", *rows, *arguments.parameters], _loop(arguments, body, tuple(rows)), "fill")
+    slices = {name: f"{name}[begin : begin + size]" for name in arguments.arrays}
+    passed = [*(f"{row}[:size]" for row in rows), *(slices.get(name, name) for name in arguments.parameters)]
+    pairs = [(a, b) for a in range(width) for b in range(a, width)]
+    lines = [
+        *(f"{row} = np.empty({BLOCK}, np.PRECISION)" for row in rows),
+        "for part in range(partials.shape[0]):",
+        f"    begin = part * {BLOCK}",
+        f"    size = min({BLOCK}, count - begin)",
+        f"    fill(start + begin, size, {', '.join(passed)})",
+        "    if products:",
+        *(f"        partials[part, {n}] = dot(r{a}[:size], r{b}[:size])" for n, (a, b) in enumerate(pairs)),
+        "    else:",
+        *(f"        partials[part, {k}] = total(r{k}[:size])" for k in range(width)),
+    ]
+    run = _function(["start", "count", "products", "partials", *arguments.parameters], lines)
+    return "from smelt.kernels.sums import dot, total\n" + _jitted(fill) + "\n\n@njit(cache=True, **_FAST)\n" + run
 
 
 TEMPLATES: dict[str, Callable[[_Arguments, str], str]] = {
@@ -198,24 +220,25 @@ TEMPLATES: dict[str, Callable[[_Arguments, str], str]] = {
     "count": _count,
     "sample": _sample,
     "equal": _equal,
-    "values": _values,
+    "sums": _sums,
 }
 
 
 def _module_text(template: str, formula: Formula, kinds: Kinds, precision: str, out: str) -> str:
     """The whole generated module, every function jitted, every constant pinned."""
     source = source_of(formula)
-    nan_above = "0x7F800000" if precision == "float32" else "0x7FF0000000000000"
+    magnitude, nan_above = ("uint32", "0x7F800000") if precision == "float32" else ("uint64", "0x7FF0000000000000")
     constants = [f"{name} = np.{precision}({value!r})" for name, value in sorted(source.constants.items())]
     arguments = _Arguments(kinds)
     kernel = TEMPLATES[template](arguments, out).replace("PRECISION", precision)
+    kernel = kernel.replace("np.MAGNITUDE", f"np.{magnitude}").replace("MAGNITUDE", f"np.{magnitude}")
     parts = [
         "import numpy as np\nfrom numba import njit\nfrom numpy import float32, float64",
         "from smelt.kernels.scalars import *\nfrom smelt.kernels.scalars import _FAST",
-        "\n".join([*constants, f"NAN_ABOVE = np.uint64({nan_above})"]),
+        "\n".join([*constants, f"NAN_ABOVE = np.{magnitude}({nan_above})"]),
         _jitted(source.text),
         f"formula = {source.name}",
-        "@njit(cache=True, **_FAST)\n" + kernel,
+        kernel if template == "sums" else "@njit(cache=True, **_FAST)\n" + kernel,
     ]
     return "\n\n".join(part for part in parts if part)
 

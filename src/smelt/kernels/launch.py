@@ -11,12 +11,10 @@ import numpy.typing as npt
 
 from .compile import kernel_for, precision_of
 from .dtypes import DTYPES
-from .program import Call, Draw, Mask, Operand, Step
+from .program import SUM_BLOCK, Call, Draw, Mask, Operand, Step
 
 #: Gives the part of an operand that the tile covers, as stored.
 Arrays = Callable[[Operand], npt.NDArray[Any]]
-
-_STRIP = 8192  # elements: rows of this length stay in the fastest cache
 
 BAD_INPUT, BAD_OUTPUT = 1, 2
 
@@ -38,10 +36,11 @@ def run_count(
 ) -> tuple[int, bool]:
     """Add the magnitudes of one tile to ``counts``; returns (how many lie below ``low``, NaN seen)."""
     kernel = kernel_for("count", call)
+    magnitude = _magnitude_type(call)
     below, nan = 0, False
     for first, last in pieces(call, start, count):
         bound = _bind(call, arrays, start, first, last)
-        more, bad = kernel(start + first, last - first, np.uint64(low), np.uint64(width), counts, *bound)
+        more, bad = kernel(start + first, last - first, magnitude(low), magnitude(width), counts, *bound)
         below, nan = below + more, nan or bad
     return below, nan
 
@@ -50,41 +49,42 @@ def run_equal(call: Call, arrays: Arrays, start: int, count: int, wanted: int) -
     """How many magnitudes of the tile lie above the bits ``wanted``, and how many have exactly these."""
     kernel = kernel_for("equal", call)
     counts = [
-        kernel(start + first, last - first, np.uint64(wanted), *_bind(call, arrays, start, first, last))
+        kernel(start + first, last - first, _magnitude_type(call)(wanted), *_bind(call, arrays, start, first, last))
         for first, last in pieces(call, start, count)
     ]
     return sum(above for above, _ in counts), sum(equal for _, equal in counts)
 
 
-def run_magnitudes(call: Call, arrays: Arrays, start: int, count: int) -> npt.NDArray[np.uint64]:
-    """The bits of |value| for each element of the tile."""
+def _magnitude_type(call: Call) -> type[np.unsignedinteger[Any]]:
+    """The unsigned integer that holds the bits of a magnitude."""
+    return np.uint64 if precision_of(call) == "float64" else np.uint32
+
+
+def run_magnitudes(call: Call, arrays: Arrays, start: int, count: int) -> npt.NDArray[Any]:
+    """The bits of |value| for each element of the tile, as unsigned integers."""
     kernel = kernel_for("sample", call)
-    out = np.empty(count, np.uint64)
+    out = np.empty(count, _magnitude_type(call))
     for first, last in pieces(call, start, count):
         kernel(start + first, out[first:last], *_bind(call, arrays, start, first, last))
     return out
 
 
-def run_sums(call: Call, arrays: Arrays, start: int, count: int, width: int, products: bool) -> npt.NDArray[np.float64]:
-    """Block sums of the ``width`` numbers that the formula returns, or of their pairwise products."""
-    from . import sums
+def run_sums(
+    call: Call, arrays: Arrays, start: int, count: int, width: int, products: bool
+) -> npt.NDArray[np.float64]:
+    """Block sums of the ``width`` numbers that the formula returns, or of the products of their pairs.
 
-    partials = []
-    for first in range(0, count, _STRIP):
-        rows = _rows(call, arrays, start, first, min(first + _STRIP, count), width)
-        partials.append(sums.partial_sums(rows, products))
-    return np.concatenate(partials)
-
-
-def _rows(call: Call, arrays: Arrays, start: int, first: int, last: int, width: int) -> npt.NDArray[Any]:
-    """The numbers that the formula returns for elements first .. last of the tile: (width, n)."""
-    kernel = kernel_for("values", call, str(width))
+    Returns (blocks, width) or (blocks, width (width + 1) / 2). A Step splits a block in two.
+    """
+    kernel = kernel_for("sums", call, str(width))
+    columns = width * (width + 1) // 2 if products else width
     parts = []
-    for a, b in pieces(call, start + first, last - first):
-        rows = np.empty((width, b - a), precision_of(call))
-        kernel(start + first + a, rows, *_bind(call, arrays, start, first + a, first + b))
-        parts.append(rows)
-    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+    for first, last in pieces(call, start, count):
+        partials = np.empty((-(-(last - first) // SUM_BLOCK), columns))
+        bound = _bind(call, arrays, start, first, last)
+        kernel(start + first, last - first, products, partials, *bound)
+        parts.append(partials)
+    return np.concatenate(parts)
 
 
 def pieces(call: Call, start: int, count: int) -> Iterator[tuple[int, int]]:

@@ -35,7 +35,7 @@ class RankSearch:
     def __post_init__(self) -> None:
         self.high = self.high or 1 << self.bits
 
-    def guess(self, sample: npt.NDArray[np.uint64], population: int) -> None:
+    def guess(self, sample: npt.NDArray[Any], population: int) -> None:
         """Start from the window that a sample of magnitude bits suggests, six standard errors wide."""
         size = len(sample)
         share = self.rank / population

@@ -16,6 +16,9 @@ import numpy.typing as npt
 from .random import threshold_of
 from .source import Formula
 
+#: Elements per partial sum: sums run over blocks of so many elements, then exactly over the blocks.
+SUM_BLOCK = 4096
+
 
 class Operand(Protocol):
     """One tensor of one checkpoint, read in runs of elements."""

@@ -133,7 +133,7 @@ def narrow_float64(x: Any) -> Any:
 @njit(**_FAST)
 def magnitude_float32(x: Any) -> Any:
     """The bits of |x|: their unsigned order is the order of the magnitudes."""
-    return np.uint64(bits32_of(x) & _MAGNITUDE)
+    return np.uint32(bits32_of(x) & _MAGNITUDE)
 
 
 @njit(**_FAST)

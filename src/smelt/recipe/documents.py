@@ -18,6 +18,7 @@ from yaml.constructor import ConstructorError, SafeConstructor
 
 from ..errors import UsageError, show
 from .nodes import Fields, Items, Leaf, Node, Position, Report, Scalar
+from .scalars import is_finite, is_number, number_in
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 64
@@ -125,9 +126,10 @@ class _FromYaml(_Builder):
             try:
                 value = SafeConstructor().construct_object(node)
             except (ValueError, KeyError, ConstructorError):
-                self.report.fail(position, f"{show(node.value, 40)} is not a {_short(node.tag)[2:]}")
-        if type(value) is int and str(value) != node.value.lstrip("+"):
-            self.report.note(position, f"{show(node.value)} is read as the number {value}")
+                self.report.fail(position, f"{show(node.value, 40)} is not a valid {_short(node.tag)[2:]}")
+                value = None
+        if is_number(value) and is_finite(value) and number_in(node.value) != value:
+            self.report.note(position, f"{show(node.value)} is read as the number {value}, as YAML 1.1 has it")
         return Leaf(position, value, node.value, plain=node.style is None)
 
     def entries(self, mapping: yaml.MappingNode, depth: int, path: str) -> tuple[dict[str, Node], dict[str, Position]]:

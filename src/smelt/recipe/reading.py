@@ -21,6 +21,8 @@ KEYS = (
 FORMATS = ("safetensors", "gguf", "lora", "delta", "routed")
 
 EMPTY = "the document is empty: a recipe has at least merge_method and models"
+#: Keys that give away other files of mergekit's.
+_FOREIGN = {"experts": "a mixture-of-experts recipe (mergekit-moe)", "genome": "a search recipe (mergekit-evolve)"}
 _PARAMETERS_HINT = "; a method's parameters go under parameters"
 
 
@@ -28,6 +30,10 @@ def read_recipe(node: Node, text: str, report: Report) -> Recipe | None:
     """One document, or None when it is so wrong that no recipe can be made of it."""
     if isinstance(node, Leaf) and node.value is None:
         report.fail(node.position, EMPTY)
+        return None
+    foreign = next((key for key in _FOREIGN if isinstance(node, Fields) and key in node.nodes), None)
+    if foreign:
+        report.fail(node.position, f"this is {_FOREIGN[foreign]}, which this version does not read")
         return None
     section = Section(node, KEYS, "a recipe", report, _PARAMETERS_HINT)
     if section.malformed:

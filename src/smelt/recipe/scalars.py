@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import TypeGuard
 
 from ..errors import show
 from .nodes import Scalar
@@ -25,7 +26,7 @@ def number_in(text: str) -> int | float | None:
     return float(text) if _NUMBER.fullmatch(text) else None
 
 
-def is_number(value: Scalar) -> bool:
+def is_number(value: Scalar) -> TypeGuard[int | float]:
     """Whether ``value`` is a number; True and False are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 

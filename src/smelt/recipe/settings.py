@@ -179,7 +179,7 @@ def _value(node: Node, report: Report) -> Value | None:
     spelt = number_in(node.value) if node.plain and isinstance(node.value, str) else None
     if spelt is None:
         return Value(node.value, node.position)
-    report.note(node.position, f"{node.text} is text to YAML (it has no dot); read as the number {spelt!r}")
+    report.note(node.position, f"{node.text} is text in YAML 1.1; read as the number {spelt!r}")
     return Value(spelt, node.position)
 
 
