@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from smelt import load
-from smelt.engine.backbone import as_floats, compare_backbones, measure, sampled_matrices
+from smelt import Checkpoint, load
+from smelt.engine.backbone import as_floats, compare_backbones, measure, sampled_tensors
 from smelt.engine.findings import Finding
 from tests.small_models import Arrays, bf16, fine_tuned, llama
 
@@ -18,6 +18,10 @@ BASE = llama(0)
 def findings(*models: Arrays, base: Arrays | None = None) -> list[Finding]:
     named = [load(model, label=f"m{index}") for index, model in enumerate(models)]
     return compare_backbones(named, None if base is None else load(base, label="base"))
+
+
+def sampled(checkpoints: list[Checkpoint]) -> set[str]:
+    return set(sampled_tensors(checkpoints, lambda shape: len(shape) == 2))
 
 
 def summary(found: list[Finding]) -> list[tuple[str, str, tuple[str, ...]]]:
@@ -78,6 +82,20 @@ def test_a_change_in_one_kind_of_matrix_is_no_duplicate() -> None:
     assert findings(model, base=BASE) == []
 
 
+def test_a_change_in_the_norms_alone_is_no_duplicate() -> None:
+    model = {name: array * np.float32(1.01) if array.ndim == 1 else array for name, array in BASE.items()}
+    assert findings(model, base=BASE) == []
+
+
+@pytest.mark.filterwarnings("error")
+def test_values_that_are_no_numbers_do_not_hide_the_rest() -> None:
+    broken, stranger = fine_tuned(BASE, 1), llama(9)
+    for model in (broken, stranger):
+        model["lm_head.weight"][0, :3] = [np.nan, np.inf, -np.inf]
+    assert findings(broken, base=BASE) == []
+    assert summary(findings(stranger, base=BASE)) == [("error", "different-backbone", ("m0", "base"))]
+
+
 def test_nothing_comparable_is_said_and_not_guessed() -> None:
     assert summary(findings({"a": np.ones(4, np.float32)}, {"b": np.ones(4, np.float32)})) == [
         ("note", "no-backbone-evidence", ("m0", "m1"))
@@ -96,16 +114,14 @@ def test_storage_types_do_not_matter() -> None:
 def test_integers_and_other_shapes_are_left_out() -> None:
     first: dict[str, Any] = {**BASE, "mask": np.ones((8, 8), np.int64), "odd": np.ones((2, 8), np.float32)}
     second: dict[str, Any] = {**BASE, "mask": np.ones((8, 8), np.int64), "odd": np.ones((8, 2), np.float32)}
-    names = sampled_matrices([load(first), load(second)])
+    names = sampled([load(first), load(second)])
     assert {"mask", "odd", "model.norm.weight"}.isdisjoint(names)
     assert "lm_head.weight" in names
 
 
 def test_every_kind_of_matrix_is_sampled_over_the_depth() -> None:
     deep = {f"layers.{i}.{kind}.weight": np.ones((2, 2), np.float32) for i in range(12) for kind in "qv"}
-    assert set(sampled_matrices([load(deep), load(deep)])) == {
-        f"layers.{i}.{kind}.weight" for i in (0, 6, 11) for kind in "qv"
-    }
+    assert sampled([load(deep), load(deep)]) == {f"layers.{i}.{kind}.weight" for i in (0, 6, 11) for kind in "qv"}
 
 
 def test_products_are_those_of_the_whole_matrices_when_they_are_small() -> None:

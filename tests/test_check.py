@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smelt import UsageError, check
+from smelt import InputRejected, UsageError, check
 from smelt.cli import main
 from smelt.diagnosis import Diagnosis
 from smelt.diagnosis.sampling import Sampling
@@ -65,6 +65,18 @@ def test_siblings_without_their_base_are_not_taken_for_it() -> None:
 def test_a_better_base_than_the_one_given_is_pointed_out() -> None:
     diagnosis = check([BASE, fine_tuned(BASE, 1), fine_tuned(BASE, 2)], fine_tuned(BASE, 3))
     assert codes(diagnosis) == [("better-base", ("model 0", "base"))]
+
+
+def test_a_base_that_is_a_stranger_is_replaced_by_one_of_the_models() -> None:
+    diagnosis = check([fine_tuned(BASE, 1), BASE, fine_tuned(BASE, 2)], llama(5))
+    assert codes(diagnosis, "error") == [("different-backbone", (f"model {i}", "base")) for i in range(3)]
+    assert codes(diagnosis, "warning") == [("better-base", ("model 1", "base"))]
+
+
+def test_a_stranger_among_the_models_does_not_make_a_base() -> None:
+    diagnosis = check([BASE, fine_tuned(BASE, 1), llama(5)])
+    assert codes(diagnosis) == [("different-backbone", ("model 2", "model 0"))]
+    assert diagnosis.candidates == ()
 
 
 def test_duplicates_and_the_base_itself_are_left_out_of_the_recipe() -> None:
@@ -406,3 +418,9 @@ def test_a_missing_model_exits_3_and_names_its_neighbour(tmp_path: Path, capsys:
     base = save(tmp_path / "base", bf16(BASE))
     assert main(["check", base, str(tmp_path / "bsae")]) == 3
     assert "did you mean 'base'?" in capsys.readouterr().err
+
+
+def test_every_model_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputRejected) as caught:
+        check([str(tmp_path / "a"), str(tmp_path / "b")])
+    assert len(caught.value.problems) == 2

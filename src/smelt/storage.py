@@ -62,9 +62,10 @@ def is_folder(path: Path) -> bool:
         return os.path.isdir(path)
 
 
-def is_file(path: Path) -> bool:
+def leads_somewhere(path: Path) -> bool:
+    """Whether something is there once symbolic links are followed."""
     with _told("look at", path):
-        return os.path.isfile(path)
+        return os.path.exists(path)
 
 
 def identity(path: Path, descriptor: int | None = None) -> FileIdentity:
@@ -109,12 +110,9 @@ def _allow_more_descriptors() -> bool:
 
 
 def close(descriptor: int) -> None:
-    os.close(descriptor)
-
-
-def facts(descriptor: int) -> os.stat_result:
-    """Size, times and identity of an open file."""
-    return os.fstat(descriptor)
+    """Close, without complaint: what must reach the disk has been through :func:`fsync` by then."""
+    with contextlib.suppress(OSError):
+        os.close(descriptor)
 
 
 def pread_into(descriptor: int, out: memoryview, offset: int, path: object = "file") -> None:

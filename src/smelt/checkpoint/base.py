@@ -5,18 +5,19 @@ A new file format is one file beside this one that subclasses :class:`Checkpoint
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..kernels.dtypes import DTYPES
+from ..storage import FileIdentity as FileIdentity
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,21 +44,6 @@ class TensorInfo:
         return self.count * DTYPES[self.dtype].bits // 8
 
 
-@dataclass(frozen=True, slots=True)
-class FileIdentity:
-    """What a file was when it was opened; compared again after the last read."""
-
-    path: Path
-    device: int
-    inode: int
-    size: int
-    mtime_ns: int
-
-    @classmethod
-    def of(cls, path: Path, facts: os.stat_result) -> FileIdentity:
-        return cls(path, facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
-
-
 class Checkpoint(ABC, Mapping[str, npt.NDArray[Any]]):
     """Named tensors. As a mapping it is lazy: ``checkpoint[name]`` reads one whole tensor.
 
@@ -74,8 +60,8 @@ class Checkpoint(ABC, Mapping[str, npt.NDArray[Any]]):
 
     label: str
     tensors: Mapping[str, TensorInfo]
-    config: Mapping[str, Any]
-    metadata: Mapping[str, str]
+    config: Mapping[str, Any] = MappingProxyType({})
+    metadata: Mapping[str, str] = MappingProxyType({})
     notices: Sequence[str] = ()
     folder: Path | None = None
     revision: str | None = None
@@ -84,7 +70,8 @@ class Checkpoint(ABC, Mapping[str, npt.NDArray[Any]]):
     def read(self, name: str, start: int, out: npt.NDArray[Any]) -> None:
         """Fill ``out`` (1-D, the dtype's storage type, C-contiguous) with elements start..start+len(out).
 
-        Storage types are in ``kernels.dtypes.DTYPES``: BF16 and F16 are uint16, F32 float32, and so on.
+        Storage types are in ``kernels.dtypes.DTYPES``: BF16 and F16 are uint16, F32 float32, and so on. Types
+        of less than a byte are read packed, as bytes, which ``start`` then counts.
         Thread-safe. Raises OperationFailed on an I/O error or a short file (names file, tensor, offset).
         """
 
@@ -102,9 +89,16 @@ class Checkpoint(ABC, Mapping[str, npt.NDArray[Any]]):
     def __getitem__(self, name: str) -> npt.NDArray[Any]:
         info = self.tensors[name]
         dtype = DTYPES[info.dtype]
-        flat = np.empty(info.count, dtype.storage)
+        flat = np.empty(info.nbytes // np.dtype(dtype.storage).itemsize, dtype.storage)
         self.read(name, 0, flat)
-        return dtype.as_values(flat).reshape(info.shape)
+        return dtype.as_values(flat).reshape(info.shape) if dtype.bits >= 8 else flat
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors  # the inherited test would read the tensor
+
+    # By identity: the inherited comparison would read every tensor.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)

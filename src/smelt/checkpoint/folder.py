@@ -2,63 +2,63 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
 
 from .. import storage
-from ..errors import InputRejected, OperationFailed, show
-from .base import Checkpoint, FileIdentity, TensorInfo
+from ..errors import InputRejected, show
+from ..storage import FileIdentity
+from .base import Checkpoint, TensorInfo
 from .documents import read_json
-from .safetensors import SafetensorsFile
+from .safetensors import MAX_TENSORS, SafetensorsFile
+from .selection import NUMBERED, WeightMap, choose, present, read_index, refuse_other_formats
 
-#: Names under which one file, or an index over several, may stand; the first is transformers'.
-STEMS = ("model", "diffusion_pytorch_model", "open_clip_model")
-
-_NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_MOST_PROBLEMS = 20
+_MOST_NOTICES = 20
 
 
 class FolderCheckpoint(Checkpoint):
-    """Safetensors files of one folder, opened once and read by position."""
+    """Safetensors files of one folder, opened once and read by position.
 
-    def __init__(self, source: Path, label: str, revision: str | None = None) -> None:
-        self.label = label
+    ``source`` is a folder, an index in it, or one safetensors file. Raises InputRejected when it is malformed
+    or when it is not clear which files are meant, with everything that is wrong at once.
+    """
+
+    def __init__(self, source: Path, label: str | None = None, revision: str | None = None) -> None:
+        self.label = str(source) if label is None else label
         self.revision = revision
-        self.folder = source if source.is_dir() else source.parent
         self._files: dict[str, SafetensorsFile] = {}
-        names, weight_map = weight_files(source)
+        home, names, weight_map = _locate(source)
         try:
-            self._open(names)
-            self.tensors: Mapping[str, TensorInfo] = self._united(weight_map)
+            self._open(home, names)
+            self.tensors: Mapping[str, TensorInfo] = _united(home, self._files, weight_map)
+            self.config: Mapping[str, Any] = _read_config(home)
         except BaseException:
             self.close()
             raise
-        self.config: Mapping[str, Any] = read_config(self.folder)
-        self.metadata = {k: v for file in self._files.values() for k, v in file.metadata.items()}
-        self.notices = [note for file in self._files.values() for note in file.notices]
+        # A file among many has no side files of its own, unless its folder is plainly a model's.
+        self.folder = home if source != home / names[0] or self.config else None
+        headers = [file.header for file in self._files.values()]
+        self.metadata = {key: text for header in headers for key, text in header.metadata.items()}
+        oddities = (notice for header in headers for notice in header.notices)
+        self.notices = [*_one_of_many(source), *islice(oddities, _MOST_NOTICES)]
 
-    def _open(self, names: Iterable[str]) -> None:
+    def _open(self, home: Path, names: Iterable[str]) -> None:
+        problems: list[str] = []
+        count = 0
         for name in names:
-            assert self.folder is not None
-            self._files[name] = SafetensorsFile(self.folder / name)
-
-    def _united(self, weight_map: Mapping[str, str] | None) -> dict[str, TensorInfo]:
-        """All tensors of all files, agreeing with the index where there is one."""
-        found: dict[str, TensorInfo] = {}
-        problems = []
-        for name, file in self._files.items():
-            for tensor, info in file.tensors.items():
-                if tensor in found:
-                    problems.append(f"{self.label}: tensor {show(tensor)} is in {show(found[tensor].file)} and {show(name)}")
-                found[tensor] = info
-        if weight_map is not None:
-            problems += _disagreements(self.label, found, weight_map)
-        InputRejected.gather(problems)
-        return dict(sorted(found.items()))
+            try:
+                self._files[name] = file = SafetensorsFile(present(home / name))
+                count += len(file.header.tensors)
+            except InputRejected as error:
+                problems += error.problems
+            if count > MAX_TENSORS:
+                raise InputRejected(f"{storage.shown(home)} holds more than {MAX_TENSORS} tensors")
+        _gather(problems)
 
     def read(self, name: str, start: int, out: npt.NDArray[Any]) -> None:
         info = self.tensors[name]
@@ -66,12 +66,7 @@ class FolderCheckpoint(Checkpoint):
 
     def check_unchanged(self) -> None:
         for file in self._files.values():
-            try:
-                now = FileIdentity.of(file.path, file.path.stat())
-            except OSError as error:
-                raise OperationFailed(f"{show(file.path)} has gone while it was being read") from error
-            if now != file.identity:
-                raise OperationFailed(f"{show(file.path)} changed while it was being read: repeat the run")
+            file.check_unchanged()
 
     def files(self) -> list[FileIdentity]:
         return [self._files[name].identity for name in sorted(self._files)]
@@ -79,105 +74,66 @@ class FolderCheckpoint(Checkpoint):
     def close(self) -> None:
         for file in self._files.values():
             file.close()
-        self._files = {}
 
 
-def _disagreements(label: str, found: Mapping[str, TensorInfo], weight_map: Mapping[str, str]) -> list[str]:
-    """Where index and files tell different things."""
-    problems = []
-    for name in sorted(weight_map.keys() - found.keys()):
-        problems.append(f"{label}: tensor {show(name)} is listed in the index but not in {show(weight_map[name])}")
-    for name in sorted(found.keys() - weight_map.keys()):
-        problems.append(f"{label}: tensor {show(name)} is in {show(found[name].file)} but not in the index")
-    for name in sorted(found.keys() & weight_map.keys()):
-        if found[name].file != weight_map[name]:
-            problems.append(f"{label}: the index puts tensor {show(name)} in {show(weight_map[name])}, it is in {show(found[name].file)}")
-    return problems
+def _locate(source: Path) -> tuple[Path, Sequence[str], WeightMap | None]:
+    """The folder, its weight files, and the index's map where there is one."""
+    if storage.is_folder(source):
+        return source, *choose(source)
+    home, name = source.parent, source.name
+    refuse_other_formats(present(source))
+    if name.endswith(".index.json"):
+        return home, *read_index(source)
+    return home, [name], None
 
 
-def read_config(folder: Path) -> Mapping[str, Any]:
-    """The parsed config.json; empty when there is none."""
-    path = folder / "config.json"
-    return read_json(path) if path.exists() else {}
+def _one_of_many(source: Path) -> list[str]:
+    number = NUMBERED.fullmatch(source.name)
+    if number is None or int(number[3]) < 2:
+        return []
+    return [f"{storage.shown(source)} is one of {show(number[3])} shards: the tensors of the others are not read"]
 
 
-# --- which files ----------------------------------------------------------------------------------------
+def _read_config(folder: Path) -> Mapping[str, Any]:
+    path = present(folder / "config.json")
+    return read_json(path) if storage.exists(path) else {}
 
 
-def weight_files(source: Path) -> tuple[list[str], Mapping[str, str] | None]:
-    """The safetensors files of a checkpoint, and the index's map from tensor to file, if there is one.
-
-    Raises InputRejected when there are none, or when it is not clear which are meant.
-    """
-    if not source.is_dir():
-        return [source.name], None
-    names = storage.listdir(source)
-    weights = [name for name in names if name.endswith(".safetensors") and not name.startswith("adapter_model")]
-    indices = [f"{stem}.safetensors.index.json" for stem in STEMS if f"{stem}.safetensors.index.json" in names]
-    single = [f"{stem}.safetensors" for stem in STEMS if f"{stem}.safetensors" in names]
-    if indices and single:
-        raise InputRejected(
-            f"{show(source)} holds {indices[0]} and {single[0]}: two models in one folder, remove the stale one or "
-            "name the file that is meant"
-        )
-    if indices:
-        return _from_index(source, indices[0], names)
-    if single:
-        return [single[0]], None
-    return _without_index(source, weights, names), None
+def _united(home: Path, files: Mapping[str, SafetensorsFile], weight_map: WeightMap | None) -> dict[str, TensorInfo]:
+    """All tensors of all files by name, none twice, as the index lists them where there is one."""
+    found: dict[str, TensorInfo] = {}
+    twice = []
+    for file in files.values():
+        twice += [(found[name].file, info) for name, info in file.header.tensors.items() if name in found]
+        found |= file.header.tensors
+    where = storage.shown(home)
+    problems = [f"{where}: tensor {show(i.name)} is in {show(file)} and again in {show(i.file)}" for file, i in twice]
+    if weight_map is not None:
+        problems += _disagreements(where, found, weight_map, {info.name for _, info in twice})
+    _gather(problems)
+    if not found:
+        raise InputRejected(f"{where}: {', '.join(map(show, files))} holds no tensor")
+    return dict(sorted(found.items()))
 
 
-def _from_index(folder: Path, index: str, names: list[str]) -> tuple[list[str], Mapping[str, str]]:
-    weight_map = read_json(folder / index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise InputRejected(f"{show(folder / index)}: weight_map must map tensor names to file names")
-    files = sorted(set(weight_map.values()))
-    problems = [f"{show(index)}: {show(file)} is no plain file name" for file in files if not _is_plain(file)]
-    problems += [f"{show(index)}: the shard {show(file)} is missing" for file in files if _is_plain(file) and file not in names]
-    InputRejected.gather(problems)
-    return files, weight_map
+def _disagreements(
+    where: str, found: Mapping[str, TensorInfo], weight_map: WeightMap, twice: set[str]
+) -> Iterator[str]:
+    """Where index and files say different things of a tensor."""
+    advice = "rebuild or remove the index"
+    for name in sorted((weight_map.keys() | found.keys()) - twice):
+        tensor = f"{where}: tensor {show(name)}"
+        if name not in found:
+            yield f"{tensor} is in the index but not in {show(weight_map[name])}: {advice}"
+        elif name not in weight_map:
+            yield f"{tensor} is in {show(found[name].file)} but not in the index: {advice}"
+        elif found[name].file != weight_map[name]:
+            yield f"{tensor} is in {show(found[name].file)}, the index says {show(weight_map[name])}: {advice}"
 
 
-def _is_plain(file: str) -> bool:
-    """A name in the same folder: no separator, no drive, no parent, nothing unprintable."""
-    return file.isprintable() and file not in ("", ".", "..") and not any(mark in file for mark in "/\\:")
-
-
-def _without_index(folder: Path, weights: list[str], names: list[str]) -> list[str]:
-    numbered = [match for name in weights if (match := _NUMBERED.fullmatch(name))]
-    if numbered and len(numbered) == len(weights):
-        return _complete_set(folder, numbered)
-    if len(weights) == 1:
-        return weights
-    if len(weights) > 1:
-        raise InputRejected(f"{show(folder)} holds {len(weights)} safetensors files and no index: name the one that is meant")
-    raise InputRejected(_why_nothing(folder, names))
-
-
-def _complete_set(folder: Path, numbered: list[re.Match[str]]) -> list[str]:
-    totals = sorted({(match[1], match[3]) for match in numbered})
-    if len(totals) > 1:
-        raise InputRejected(f"{show(folder)} holds shards of {len(totals)} sets and no index: remove the stale ones")
-    stem, total = totals[0]
-    wanted = [f"{stem}-{number:05d}-of-{total}.safetensors" for number in range(1, int(total) + 1)]
-    missing = sorted(set(wanted) - {match[0] for match in numbered})
-    if missing:
-        raise InputRejected(f"{show(folder)}: the shard {show(missing[0])} is missing ({len(missing)} in all)")
-    return wanted
-
-
-def _why_nothing(folder: Path, names: list[str]) -> str:
-    """What is there instead of weights."""
-    if any(name.startswith("adapter_") for name in names):
-        return f"{show(folder)} is an adapter, not a model: name the base it belongs to as base+adapter"
-    pickles = [name for name in names if name.endswith(_PICKLES)]
-    if pickles:
-        return (
-            f"{show(folder)} holds only pickled weights ({show(pickles[0])}), which can run code when they are read: "
-            "convert them to safetensors first (save_pretrained of a current transformers does)"
-        )
-    if "model_index.json" in names:
-        return f"{show(folder)} is a diffusers pipeline: name one of its parts, such as {folder.name}/unet"
-    if any(name.endswith(".incomplete") for name in names):
-        return f"{show(folder)} holds an unfinished download: finish it"
-    return f"{show(folder)} holds no safetensors file"
+def _gather(problems: Sequence[str]) -> None:
+    """Raise InputRejected for what is wrong, the first of it in full."""
+    rest = len(problems) - _MOST_PROBLEMS
+    InputRejected.gather(
+        [*problems[:_MOST_PROBLEMS], *([f"and {rest} more problems of this kind"] if rest > 0 else [])]
+    )

@@ -12,7 +12,7 @@ _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model", "*.md"]
 
 
-def looks_like_id(text: str) -> bool:
+def is_id(text: str) -> bool:
     """Whether ``text`` could be a repository rather than a path."""
     return _ID.fullmatch(text) is not None and not text.startswith((".", "~"))
 
@@ -55,4 +55,6 @@ def _refuse_unfinished(snapshot: Path) -> None:
     """A link in a snapshot whose blob is missing means an interrupted download."""
     for path in sorted(snapshot.iterdir()):
         if path.is_symlink() and not path.exists():
-            raise InputRejected(f"{show(path.name)} in the cache of {snapshot.parents[1].name} is unfinished: download again")
+            raise InputRejected(
+                f"{show(path.name)} in the cache of {snapshot.parents[1].name} is unfinished: download again"
+            )

@@ -11,54 +11,82 @@ import numpy.typing as npt
 from ..errors import InputRejected, show
 from ..kernels.dtypes import DTYPES, code_of
 from .base import Checkpoint, TensorInfo
+from .safetensors import name_problem
+
+Kind = Literal["numpy", "torch"]
 
 
 class MemoryCheckpoint(Checkpoint):
-    """Named arrays in memory. ``kind`` tells which library they came from."""
+    """Named arrays in memory. ``kind`` tells which library they came from ("torch" if any of them did).
 
-    def __init__(self, arrays: Mapping[str, Any], label: str) -> None:
+    Raises InputRejected for names that no file can hold, for values that are no arrays, and for dtypes that
+    the file format does not have. Tensors on other devices are copied to the CPU piece by piece.
+    """
+
+    def __init__(self, arrays: Mapping[str, Any], label: str = "arrays") -> None:
         self.label = label
-        self.config: Mapping[str, Any] = {}
-        self.metadata: Mapping[str, str] = {}
-        self.kind: Literal["numpy", "torch"] = "numpy"
-        self._stored: dict[str, npt.NDArray[Any]] = {}
+        self.kind: Kind = "torch" if any(_is_torch(array) for array in arrays.values()) else "numpy"
+        self._flat: dict[str, Any] = {}
         tensors = {}
-        for name in sorted(arrays):
-            values = self._values(name, arrays[name])
-            code = _code(name, values)
-            self._stored[name] = DTYPES[code].as_storage(np.ascontiguousarray(values).reshape(-1))
-            tensors[name] = TensorInfo(name, code, values.shape)
+        for name in sorted(arrays, key=str):
+            subject = f"{label}: tensor {show(name)}"
+            if problem := name_problem(name) if isinstance(name, str) else "is no text":
+                raise InputRejected(f"{subject}: the name {problem}")
+            code, shape, self._flat[name] = _flattened(arrays[name], subject)
+            tensors[name] = TensorInfo(name, code, shape)
         self.tensors: Mapping[str, TensorInfo] = tensors
 
-    def _values(self, name: str, array: Any) -> npt.NDArray[Any]:
-        if type(array).__module__.partition(".")[0] == "torch":
-            self.kind = "torch"
-            return _from_torch(array)
-        if isinstance(array, np.ndarray | np.generic):
-            return np.asarray(array)
-        raise InputRejected(f"{self.label}: {show(name)} is a {type(array).__name__}, expected a numpy or torch array")
-
     def read(self, name: str, start: int, out: npt.NDArray[Any]) -> None:
-        out[:] = self._stored[name][start : start + len(out)]
+        part = self._flat[name][start : start + len(out)]
+        if start < 0 or len(part) != len(out):
+            raise ValueError(f"items {start} to {start + len(out)} of {self.tensors[name]} are outside of the tensor")
+        out[:] = (_bits(part) if _is_torch(part) else part).view(out.dtype)
 
     def check_unchanged(self) -> None:
         """Arrays in memory belong to the caller."""
 
 
-def _code(name: str, values: npt.NDArray[Any]) -> str:
+def _is_torch(array: object) -> bool:
+    """Whether it is a torch tensor, told without importing torch."""
+    return any(kind.__module__ == "torch" and kind.__name__ == "Tensor" for kind in type(array).__mro__)
+
+
+def _flattened(array: Any, subject: str) -> tuple[str, tuple[int, ...], Any]:
+    """Code, shape and the same values as one contiguous line, in the library they came in."""
+    if _is_torch(array):
+        return _flattened_torch(array, subject)
+    if not isinstance(array, np.ndarray | np.generic):
+        raise InputRejected(f"{subject} is a {type(array).__name__}, expected a numpy or torch array")
+    values = np.asarray(array)
+    code = _code(values.dtype, subject)
+    native = np.ascontiguousarray(values, values.dtype.newbyteorder("=")).reshape(-1)
+    return code, values.shape, native
+
+
+def _code(dtype: Any, subject: str) -> str:
+    """The format's code for a numpy dtype."""
     try:
-        return code_of(values.dtype)
+        return code_of(dtype)
     except KeyError:
-        raise InputRejected(f"tensor {show(name)} has dtype {values.dtype}, which checkpoints cannot hold") from None
+        raise InputRejected(f"{subject} has dtype {dtype}, which checkpoints cannot hold") from None
 
 
-def _from_torch(tensor: Any) -> npt.NDArray[Any]:
-    """The tensor's values as numpy; bfloat16 and 8-bit floats by their bits."""
+def _flattened_torch(tensor: Any, subject: str) -> tuple[str, tuple[int, ...], Any]:
     import torch
 
-    plain = tensor.detach().cpu().contiguous()
-    name = str(plain.dtype).removeprefix("torch.")
-    if name in ("bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "float8_e4m3fnuz", "float8_e5m2fnuz"):
-        bits = plain.view(torch.uint16 if name == "bfloat16" else torch.uint8).numpy()
-        return bits.view(next(row.values for row in DTYPES.values() if row.value_type == name))
-    return plain.numpy()  # type: ignore[no-any-return]
+    if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
+        raise InputRejected(f"{subject} is a sparse, quantised or meta tensor, expected plain values")
+    name = str(tensor.dtype).removeprefix("torch.")
+    code = next((row.code for row in DTYPES.values() if row.value_type == name and row.bits >= 8), None)
+    if code is None:
+        raise InputRejected(f"{subject} has dtype {name}, which checkpoints cannot hold")
+    return code, tuple(tensor.shape), tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+
+
+def _bits(part: Any) -> npt.NDArray[Any]:
+    """The bits of a contiguous torch tensor; numpy does not know all of torch's dtypes, but all their sizes."""
+    import torch
+
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits: npt.NDArray[Any] = part.cpu().view(integers[part.element_size()]).numpy()
+    return bits

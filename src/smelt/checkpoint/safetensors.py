@@ -1,26 +1,30 @@
-"""Our own strict safetensors reader: the header is checked wholly before a data byte is touched.
+"""Our own strict safetensors reader: a header is checked wholly before a data byte is touched.
 
-Stricter than the format's reference reader, never laxer: what this accepts, that accepts. Beyond it are
-refused: repeated tensor names, empty, overlong and unprintable names, more than 16 dimensions, dimensions
-whose product overflows although one of them is zero, over a million tensors.
+The file is a little-endian u64 N, N bytes of JSON (tensor name -> dtype, shape, data_offsets; optionally
+``__metadata__``, strings to strings), then the data, which the tensors must fill without hole or overlap.
+What this reader accepts, the format's reference reader accepts. Beyond that are refused: repeated keys,
+empty, overlong and unprintable names, more than 16 dimensions, dimensions that overflow although one of
+them is zero, and more than a million tensors.
 """
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from math import prod
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy.typing as npt
 
 from .. import storage
-from ..errors import InputRejected, show
+from ..errors import InputRejected, OperationFailed, show
 from ..kernels.dtypes import DTYPES
-from .base import FileIdentity, TensorInfo
-from .documents import unique
+from .base import TensorInfo
+from .documents import parse_json
 
 MAX_HEADER = 100_000_000
 MAX_TENSORS = 1_000_000
@@ -29,164 +33,243 @@ MAX_NAME = 4096
 _MAX_COUNT = 1 << 63
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
+#: What is often saved under this name instead: how it begins, and what to say.
+_IMPOSTORS = (
+    (b"version https://git-lfs", "is a Git LFS pointer, not the weights: fetch them with git lfs pull"),
+    (b"<!doctype html", "is an HTML page, not weights: the download failed, repeat it"),
+    (b"<html", "is an HTML page, not weights: the download failed, repeat it"),
+    (b"<?xml", "is an XML page, not weights: the download failed, repeat it"),
+    (b"pk\x03\x04", "is a zip archive, probably pickled PyTorch weights: convert it to safetensors first"),
+    (b"gguf", "is GGUF, which this version does not read"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a header says. ``notices`` holds one line per oddity that is no error."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    notices: tuple[str, ...] = ()
+
 
 class SafetensorsFile:
-    """One open file. ``tensors`` and ``metadata`` come from the header; ``notices`` are worth a warning."""
+    """One open file, its header parsed. ``identity`` is what the file was at that moment."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._descriptor = storage.open_read(path)
+        self._closing = weakref.finalize(self, storage.close, self._descriptor)
         try:
-            self.identity = FileIdentity.of(path, storage.facts(self._descriptor))
-            header, begin = _read_header(self._descriptor, path, self.identity.size)
-            self._begin = begin
-            parsed = parse_header(header, self.identity.size - begin, path.name)
-            self.tensors, self.metadata, self.notices = parsed
+            self.identity = storage.identity(path, self._descriptor)
+            raw = _read_header(self._descriptor, path, self.identity.size)
+            self.header = parse_header(raw, self.identity.size - 8 - len(raw), str(path))
         except BaseException:
-            storage.close(self._descriptor)
+            self.close()
             raise
 
     def read(self, info: TensorInfo, start: int, out: npt.NDArray[Any]) -> None:
-        """Fill ``out`` with elements from ``start`` on, stored as they are."""
-        offset = self._begin + info.offset + start * DTYPES[info.dtype].bits // 8
-        what = f"{self.path} (tensor {show(info.name)})"
-        storage.pread_into(self._descriptor, memoryview(out).cast("B"), offset, what)
+        """Fill ``out`` (1-D, of the storage type) from its ``start``-th item on. Thread-safe."""
+        offset = start * out.itemsize
+        if start < 0 or offset + out.nbytes > info.nbytes:
+            raise ValueError(f"items {start} to {start + out.size} of {info} are outside of the tensor")
+        try:
+            storage.pread_into(self._descriptor, out.data, info.offset + offset, self.path)
+        except OperationFailed as error:
+            raise OperationFailed(f"tensor {show(info.name)}: {error}") from error
 
-    def prefetch(self, info: TensorInfo) -> None:
-        storage.advise_willneed(self._descriptor, self._begin + info.offset, info.nbytes)
+    def check_unchanged(self) -> None:
+        """Raise OperationFailed when the path no longer leads to the file as it was opened."""
+        now = storage.identity(self.path)
+        if now != self.identity:
+            what = _difference(self.identity, now)
+            raise OperationFailed(f"{storage.shown(self.path)} changed while it was being read ({what}): run again")
 
     def close(self) -> None:
-        storage.close(self._descriptor)
+        """Close the descriptor, once; further reads fail."""
+        self._closing()
+        self._descriptor = -1  # its number may soon be another file's
 
 
-def _read_header(descriptor: int, path: Path, size: int) -> tuple[bytes, int]:
-    """The header's bytes, and where the data begins."""
-    head = bytearray(min(size, 64))
+def _difference(before: storage.FileIdentity, now: storage.FileIdentity) -> str:
+    if (before.device, before.inode) != (now.device, now.inode):
+        return "it was replaced"
+    if before.size != now.size:
+        return f"from {before.size} to {now.size} bytes"
+    return "it was written to"
+
+
+def _read_header(descriptor: int, path: Path, size: int) -> bytes:
+    """The header's bytes, without the eight of its length."""
+    head = bytearray(min(size, 32))
     storage.pread_into(descriptor, memoryview(head), 0, path)
-    _refuse_other_files(bytes(head), path.name)
+    length = struct.unpack("<Q", head[:8])[0] if size >= 8 else 0
+    problem = _length_problem(length, size)
+    if problem is None and head[8:9] != b"{":
+        problem = f"has a header that begins with {show(bytes(head[8:9]))}, expected '{{'"
+    if problem is not None:
+        raise InputRejected(f"{storage.shown(path)} {_impostor(bytes(head)) or problem}")
+    raw = bytearray(length)
+    storage.pread_into(descriptor, memoryview(raw), 8, path)
+    return bytes(raw)
+
+
+def _length_problem(length: int, size: int) -> str | None:
+    if size == 0:
+        return "is empty: the download failed, repeat it"
     if size < 8:
-        raise InputRejected(f"{show(path.name)} is no safetensors file: it has {size} bytes, the length alone takes 8")
-    (length,) = struct.unpack("<Q", head[:8])
+        return f"is no safetensors file: {size} bytes, the length of the header alone takes 8"
+    if length == 0:
+        return "is no safetensors file: it states a header of 0 bytes"
     if length > MAX_HEADER:
-        raise InputRejected(f"{show(path.name)}: header of {length} bytes, at most {MAX_HEADER} are accepted")
+        return f"is no safetensors file: it states a header of {length} bytes, at most {MAX_HEADER} are accepted"
     if length > size - 8:
-        raise InputRejected(f"{show(path.name)}: header of {length} bytes in a file of {size}: the file is cut short")
-    header = bytearray(length)
-    storage.pread_into(descriptor, memoryview(header), 8, path)
-    return bytes(header), 8 + length
+        return f"is cut short: it states a header of {length} bytes, {size - 8} are there"
+    return None
 
 
-def _refuse_other_files(head: bytes, file: str) -> None:
-    """The two things most often saved under this name."""
-    if head.startswith(b"version https://git-lfs"):
-        raise InputRejected(f"{show(file)} is a Git LFS pointer, not the weights: fetch them with git lfs pull")
-    if head[:64].lstrip().lower().startswith((b"<!doctype html", b"<html")):
-        raise InputRejected(f"{show(file)} is an HTML page, not weights: the download failed, repeat it")
-
-
-Header = tuple[dict[str, TensorInfo], dict[str, str], list[str]]
+def _impostor(head: bytes) -> str | None:
+    begin = head.lstrip().lower()
+    return next((sentence for prefix, sentence in _IMPOSTORS if begin.startswith(prefix)), None)
 
 
 def parse_header(raw: bytes, data_size: int, file: str) -> Header:
-    """Check a header against the size of the data behind it.
+    """Check the JSON of a header against the ``data_size`` bytes that follow it.
 
-    Returns (tensors by name, metadata, notices). Raises InputRejected naming file and tensor.
+    ``file`` names the file in messages; its last part goes into each :class:`TensorInfo`, whose ``offset``
+    counts from the beginning of the file. Raises InputRejected at the first thing that is wrong.
     """
-    content = _load_json(raw, file)
-    metadata = _metadata(content.pop("__metadata__", {}), file)
-    tensors: dict[str, TensorInfo] = {}
-    ranges: list[tuple[int, int, str]] = []
+    where = storage.shown(file)
+    content = _load(raw, where)
+    metadata = _metadata(content.pop("__metadata__", {}), where)
+    if len(content) > MAX_TENSORS:
+        raise _too_many(where)
+    name_of_file, begin = PurePath(file).name, 8 + len(raw)
+    tensors = {}
     notices: list[str] = []
     for name, entry in content.items():
-        info, end = _entry(name, entry, file)
-        tensors[name] = info
-        ranges.append((info.offset, end, name))
-        notices += _unknown_fields(name, entry, file)
-    _check_tiling(ranges, data_size, file)
-    return tensors, metadata, notices
+        subject = f"{where}: tensor {show(name)}"
+        fields = _fields(name, entry, subject, notices)
+        dtype, shape = _layout(fields["dtype"], fields["shape"], subject)
+        offset = _offset(fields["data_offsets"], dtype, shape, data_size, subject)
+        tensors[name] = TensorInfo(name, dtype, shape, name_of_file, begin + offset)
+    _check_tiling(tensors.values(), begin, data_size, where)
+    return Header(tensors, metadata, tuple(notices))
 
 
-def _load_json(raw: bytes, file: str) -> dict[str, Any]:
-    if raw.count(b'"dtype"') > MAX_TENSORS:
-        raise InputRejected(f"{show(file)}: more than {MAX_TENSORS} tensors in one header")
+def _too_many(where: str) -> InputRejected:
+    return InputRejected(f"{where}: the header names more than {MAX_TENSORS} tensors")
+
+
+def _load(raw: bytes, where: str) -> dict[str, Any]:
     if not raw.startswith(b"{"):
-        raise InputRejected(f"{show(file)}: the header does not begin with {{")
-    try:
-        text = raw.decode("utf-8")
-        content = json.loads(text, object_pairs_hook=unique, parse_constant=_no_constant)
-    except UnicodeDecodeError as error:
-        raise InputRejected(f"{show(file)}: the header is not UTF-8: {error.reason}") from error
-    except RecursionError:
-        raise InputRejected(f"{show(file)}: the header is nested too deeply") from None
-    except ValueError as error:
-        raise InputRejected(f"{show(file)}: the header is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InputRejected(f"{show(file)}: the header is not an object")
-    return content
+        raise InputRejected(f"{where}: the header begins with {show(raw[:1])}, expected '{{'")
+    if raw.count(b'"data_offsets"') > MAX_TENSORS:  # before a million objects are made
+        raise _too_many(where)
+    return parse_json(raw, f"{where}: the header", parse_int=_integer, parse_constant=_no_constant)
+
+
+def _integer(text: str) -> int | float:
+    # Others read numbers beyond 64 bits, and -0, as floats, which no field may hold.
+    return int(text) if len(text) < 20 and text != "-0" else float(text)
 
 
 def _no_constant(word: str) -> Any:
-    raise ValueError(f"{word} is not JSON")
+    raise ValueError(f"{word} is no JSON number")
 
 
-def _metadata(value: Any, file: str) -> dict[str, str]:
-    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
-        raise InputRejected(f"{show(file)}: __metadata__ must map strings to strings")
+def _metadata(value: Any, where: str) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise InputRejected(f"{where}: __metadata__ is {show(value)}, expected an object of strings")
+    for key, text in value.items():
+        if not isinstance(text, str):
+            raise InputRejected(f"{where}: __metadata__ maps {show(key)} to {show(text)}, expected a string")
+        if not _is_unicode(key + text):
+            raise InputRejected(f"{where}: __metadata__ holds half a surrogate pair in {show(key)}")
     return value
 
 
-def _entry(name: str, entry: Any, file: str) -> tuple[TensorInfo, int]:
-    """One tensor's info and the end of its bytes."""
-    where = f"{show(file)}: tensor {show(name)}"
-    if not name or len(name.encode("utf-8", "surrogatepass")) > MAX_NAME or not name.isprintable():
-        raise InputRejected(f"{where}: the name is empty, longer than {MAX_NAME} bytes, or has control characters")
-    if not isinstance(entry, dict) or not entry.keys() >= _FIELDS:
-        missing = sorted(_FIELDS - set(entry)) if isinstance(entry, dict) else "everything"
-        raise InputRejected(f"{where}: lacks {missing}")
-    dtype, shape = entry["dtype"], _naturals(entry["shape"], f"{where}: shape")
+def _is_unicode(text: str) -> bool:
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _fields(name: str, entry: Any, subject: str, notices: list[str]) -> dict[str, Any]:
+    """The entry of one tensor, with all its fields there and its name fit to print."""
+    problem = name_problem(name)
+    if problem is not None:
+        raise InputRejected(f"{subject}: the name {problem}")
+    if not isinstance(entry, dict):
+        raise InputRejected(f"{subject} is {show(entry)}, expected an object")
+    if missing := _FIELDS - entry.keys():
+        raise InputRejected(f"{subject} lacks {', '.join(sorted(missing))}")
+    if len(entry) > len(_FIELDS):
+        notices += _unknown({key: entry[key] for key in entry.keys() - _FIELDS}, subject)
+    return entry
+
+
+def name_problem(name: str) -> str | None:
+    """What is wrong with a tensor's name, or None."""
+    if not name:
+        return "is empty"
+    if not name.isprintable():
+        return "has characters that cannot be printed"
+    if len(name.encode()) > MAX_NAME:
+        return f"has {len(name.encode())} bytes, at most {MAX_NAME} are accepted"
+    return None
+
+
+def _unknown(fields: dict[str, Any], subject: str) -> Iterator[str]:
+    try:
+        json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError as error:
+        raise InputRejected(f"{subject} has an unknown field that is not valid JSON: {error}") from error
+    for key in sorted(fields):
+        yield f"{subject}: the unknown field {show(key)} is ignored"
+
+
+def _layout(dtype: Any, shape: Any, subject: str) -> tuple[str, tuple[int, ...]]:
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise InputRejected(f"{where}: unknown dtype {show(dtype)}")
-    if len(shape) > MAX_RANK:
-        raise InputRejected(f"{where}: {len(shape)} dimensions, at most {MAX_RANK} are accepted")
-    if prod(size for size in shape if size) * DTYPES[dtype].bits >= _MAX_COUNT:
-        raise InputRejected(f"{where}: shape {shape} overflows")
-    offsets = _naturals(entry["data_offsets"], f"{where}: data_offsets")
-    return TensorInfo(name, dtype, shape, file, offsets[0] if offsets else 0), _end(where, dtype, shape, offsets)
+        raise InputRejected(f"{subject} has the unknown dtype {show(dtype)}")
+    sizes = _naturals(shape, "shape", subject)
+    if len(sizes) > MAX_RANK:
+        raise InputRejected(f"{subject} has {len(sizes)} dimensions, at most {MAX_RANK} are accepted")
+    if prod(size for size in sizes if size) >= _MAX_COUNT:
+        raise InputRejected(f"{subject} has the shape {show(list(sizes))}, whose product overflows 63 bits")
+    return dtype, sizes
 
 
-def _naturals(value: Any, where: str) -> tuple[int, ...]:
-    whole = isinstance(value, list) and all(type(item) is int and 0 <= item < _MAX_COUNT for item in value)
-    if not whole:
-        raise InputRejected(f"{where} must be a list of whole numbers, found {show(value)}")
+def _naturals(value: Any, field: str, subject: str) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(type(item) is int and item >= 0 for item in value):
+        raise InputRejected(f"{subject} has {field} {show(value)}, expected a list of whole numbers from 0 on")
     return tuple(value)
 
 
-def _end(where: str, dtype: str, shape: tuple[int, ...], offsets: tuple[int, ...]) -> int:
+def _offset(value: Any, dtype: str, shape: tuple[int, ...], data_size: int, subject: str) -> int:
+    """Where the tensor begins in the data; its length must be what dtype and shape take."""
+    offsets = _naturals(value, "data_offsets", subject)
+    if len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise InputRejected(f"{subject} has data_offsets {show(value)}, expected [begin, end]")
+    begin, end = offsets
+    if end > data_size:
+        raise InputRejected(f"{subject} ends at data byte {end}, the file ends at {data_size}: it is cut short")
     bits = prod(shape) * DTYPES[dtype].bits
-    if len(offsets) != 2 or offsets[1] < offsets[0]:
-        raise InputRejected(f"{where}: data_offsets {list(offsets)} are no [begin, end]")
     if bits % 8:
-        raise InputRejected(f"{where}: {bits} bits do not fill whole bytes")
-    if offsets[1] - offsets[0] != bits // 8:
-        found = offsets[1] - offsets[0]
-        raise InputRejected(f"{where}: {found} bytes for {dtype} {list(shape)}, expected {bits // 8}")
-    return offsets[1]
+        raise InputRejected(f"{subject} is {dtype} of shape {show(list(shape))}: its {bits} bits fill no whole bytes")
+    if end - begin != bits // 8:
+        found = f"takes {end - begin} bytes, expected {bits // 8}"
+        raise InputRejected(f"{subject} {found} for {dtype} of shape {show(list(shape))}")
+    return begin
 
 
-def _unknown_fields(name: str, entry: dict[str, Any], file: str) -> Iterator[str]:
-    for key in sorted(entry.keys() - _FIELDS):
-        yield f"{show(file)}: tensor {show(name)}: unknown field {show(key)} ignored"
-
-
-def _check_tiling(ranges: list[tuple[int, int, str]], size: int, file: str) -> None:
-    """The tensors' bytes must fill the data exactly: no hole, no overlap, nothing behind the last."""
-    expected = 0
-    for begin, end, name in sorted(ranges):
-        if end > size:
-            raise InputRejected(f"{show(file)}: tensor {show(name)} ends at byte {end} of {size}: the file is cut short")
-        if begin != expected:
-            what = "overlaps the one before it" if begin < expected else f"leaves a hole of {begin - expected} bytes"
-            raise InputRejected(f"{show(file)}: tensor {show(name)} {what}")
-        expected = end
-    if expected != size:
-        raise InputRejected(f"{show(file)}: {size - expected} bytes behind the last tensor")
+def _check_tiling(tensors: Iterable[TensorInfo], begin: int, data_size: int, where: str) -> None:
+    """The tensors must fill the data exactly: no hole, no shared byte, nothing behind the last."""
+    position = begin
+    for info in sorted(tensors, key=lambda info: (info.offset, info.nbytes)):
+        if info.offset != position:
+            gap = info.offset - position
+            what = f"leaves a hole of {gap} bytes before it" if gap > 0 else f"shares {-gap} bytes with the one before"
+            raise InputRejected(f"{where}: tensor {show(info.name)} {what}")
+        position += info.nbytes
+    if position != begin + data_size:
+        rest = begin + data_size - position
+        raise InputRejected(f"{where}: {rest} bytes follow the last tensor, expected none")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .. import storage
 from ..errors import InputRejected, show
 from . import hub
 from .base import Checkpoint
@@ -20,33 +21,56 @@ def load(
     """Open a checkpoint lazily: a folder, one .safetensors file, a hub id, or a dict of arrays.
 
     An existing path is a path, whatever it looks like; the hub is asked only about other names.
-    ``owner/name@revision`` and ``revision=`` are the same. Raises InputRejected when it is not a checkpoint.
+    ``owner/name@revision`` and ``revision=`` are the same. Raises InputRejected when it is not a checkpoint,
+    OperationFailed when reading or downloading it fails.
     """
+    if isinstance(source, Checkpoint):
+        return source
     if isinstance(source, Mapping):
         return MemoryCheckpoint(source, label or "arrays")
-    path = Path(source).expanduser()
-    if path.exists() or path.is_symlink():
-        return FolderCheckpoint(_readable(path), label or str(source))
-    name, _, named = str(source).partition("@")
-    if not hub.looks_like_id(name):
-        raise InputRejected(f"{show(source)}: no such file or folder{_near(path)}")
-    folder, commit = hub.fetch(name, revision or named or None)
-    return FolderCheckpoint(folder, label or str(source), commit)
+    text = str(source)
+    path = _path(text)
+    if storage.exists(path):
+        return FolderCheckpoint(_without_revision(path, revision), label or text)
+    name, _, named = text.partition("@")
+    if named and storage.exists(_path(name)):
+        return FolderCheckpoint(_without_revision(_path(name), named), label or text)
+    if isinstance(source, Path) or not hub.is_id(name):
+        raise InputRejected(f"{show(text, 1000)}: {_no_such(text)}{_near(path)}")
+    return _from_hub(name, revision or named or None, label or text, path)
 
 
-def _readable(path: Path) -> Path:
-    if not path.exists():
-        raise InputRejected(f"{show(path)} is a link to a file that is not there")
-    if path.is_file() and path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
-        raise InputRejected(f"{show(path)} is pickled, which can run code when it is read: convert it to safetensors first")
-    if path.is_file() and path.suffix == ".gguf":
-        raise InputRejected(f"{show(path)} is GGUF, which this version does not read")
+def _path(text: str) -> Path:
+    if not text:
+        raise InputRejected("an empty name is no model: give a folder, a file or owner/name")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # no such user, or no home
+        raise InputRejected(f"{show(text)}: no such file or folder: {error}") from error
+
+
+def _without_revision(path: Path, revision: str | None) -> Path:
+    if revision is not None:
+        raise InputRejected(f"{storage.shown(path)} is a local path and has no revision {show(revision)}: leave it out")
     return path
 
 
+def _from_hub(name: str, revision: str | None, label: str, path: Path) -> Checkpoint:
+    try:
+        folder, commit = hub.fetch(name, revision)
+    except InputRejected as error:
+        raise InputRejected(f"{error}{_near(path)}") from error
+    return FolderCheckpoint(folder, label, commit)
+
+
+def _no_such(text: str) -> str:
+    if "://" in text:
+        return "this version reads no URLs: download it and give the path"
+    return "no such file or folder"
+
+
 def _near(path: Path) -> str:
-    """Names in the parent folder that are close."""
-    parent = path.parent
-    known = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
-    nearest = difflib.get_close_matches(path.name, known, n=1)
-    return f"; did you mean {show(nearest[0])}?" if nearest else ""
+    """A hint at the names in the parent folder that are close."""
+    known = storage.listdir(path.parent) if storage.is_folder(path.parent) else []
+    nearest = difflib.get_close_matches(path.name, known, n=3)
+    return f"; did you mean {' or '.join(map(show, nearest))}?" if nearest else ""

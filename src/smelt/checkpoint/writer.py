@@ -1,6 +1,7 @@
 """Deterministic, streaming safetensors output: headers first, tensors in place, in any order.
 
-The layout is known beforehand, so nothing is held in memory and the same tensors give the same bytes.
+The layout is known beforehand, so nothing is held in memory, the disk space is reserved before any work,
+and the same tensors give the same bytes.
 """
 
 from __future__ import annotations
@@ -8,43 +9,61 @@ from __future__ import annotations
 import json
 import struct
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
 
 from .. import storage
-from ..kernels.dtypes import DTYPES
+from ..errors import UsageError
 from .base import TensorInfo
+from .safetensors import MAX_HEADER, MAX_TENSORS
 
 #: The data begins at a multiple of this, so that every dtype can be memory-mapped and read by vector code.
 ALIGNMENT = 64
 
+INDEX = "model.safetensors.index.json"
+
+#: Other loaders look for this.
 _METADATA = {"format": "pt"}
+
+#: After so many bytes per file the disk is asked to begin, so that the last sync finds little to do.
 _WRITEBACK = 32 << 20
 
-#: Larger alignment first, as the reference implementation orders tensors.
-_ORDER = {code: rank for rank, code in enumerate(DTYPES)}
+#: Larger alignment first, and dtypes of one size as the reference implementation orders them.
+_ORDER = (
+    "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E5M2FNUZ", "F8_E4M3FNUZ",
+    "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "F6_E3M2", "F6_E2M3", "F4", "BOOL",
+)  # fmt: skip
+_RANK = {code: rank for rank, code in enumerate(_ORDER)}
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file to be: its name, header, size, and where each tensor's bytes begin."""
+    """One file to be. ``tensors`` lie in the order of their offsets, which count from the file's beginning."""
 
     file: str
     header: bytes
     size: int
-    offsets: dict[str, int]
     tensors: tuple[TensorInfo, ...]
+
+    @property
+    def offsets(self) -> dict[str, int]:
+        """Tensor name -> where its first byte lies in the file."""
+        return {tensor.name: tensor.offset for tensor in self.tensors}
 
 
 def plan_shards(tensors: Sequence[TensorInfo], shard_size: int) -> list[Shard]:
     """Lay tensors out in files of at most ``shard_size`` bytes of data, in the order given.
 
-    A larger tensor gets a file of its own. One file is model.safetensors, several are numbered.
+    A larger tensor gets a file of its own. One file is model.safetensors, several are numbered. Raises
+    UsageError when a file would hold more tensors than a header may name.
     """
+    if len({tensor.name for tensor in tensors}) < len(tensors):
+        raise ValueError("a tensor is given twice")
     groups: list[list[TensorInfo]] = [[]]
     held = 0
     for tensor in tensors:
@@ -53,40 +72,48 @@ def plan_shards(tensors: Sequence[TensorInfo], shard_size: int) -> list[Shard]:
             held = 0
         groups[-1].append(tensor)
         held += tensor.nbytes
-    total = len(groups)
-    return [_shard(_file_name(number, total), group) for number, group in enumerate(groups, 1)]
+    return [_shard(_file_name(number, len(groups)), group) for number, group in enumerate(groups, 1)]
 
 
 def _file_name(number: int, total: int) -> str:
     return "model.safetensors" if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
 
 
-def _shard(file: str, tensors: Sequence[TensorInfo]) -> Shard:
-    ordered = sorted(tensors, key=lambda tensor: (-DTYPES[tensor.dtype].bits, tensor.name))
-    header: dict[str, Any] = {"__metadata__": dict(sorted(_METADATA.items()))}
-    position = 0
-    offsets = {}
-    for tensor in ordered:
-        end = position + tensor.nbytes
-        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [position, end]}
-        offsets[tensor.name] = position
-        position = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(len(text) + 8) % ALIGNMENT)
-    begin = 8 + len(text)
-    absolute = {name: begin + offset for name, offset in offsets.items()}
-    return Shard(file, struct.pack("<Q", len(text)) + text, begin + position, absolute, tuple(ordered))
+def _shard(file: str, tensors: Iterable[TensorInfo]) -> Shard:
+    ordered = sorted(tensors, key=lambda tensor: (_RANK[tensor.dtype], tensor.name))
+    ends = [0, *accumulate(tensor.nbytes for tensor in ordered)]
+    header = _header(ordered, ends, file)
+    located = (replace(tensor, file=file, offset=len(header) + ends[i]) for i, tensor in enumerate(ordered))
+    return Shard(file, header, len(header) + ends[-1], tuple(located))
+
+
+def _header(ordered: Sequence[TensorInfo], ends: Sequence[int], file: str) -> bytes:
+    """Length and JSON, padded with spaces so that the data begins at a multiple of :data:`ALIGNMENT`."""
+    entries: dict[str, Any] = {"__metadata__": _METADATA}
+    for i, tensor in enumerate(ordered):
+        shape, offsets = list(tensor.shape), [ends[i], ends[i + 1]]
+        entries[tensor.name] = {"dtype": tensor.dtype, "shape": shape, "data_offsets": offsets}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    if len(text) > MAX_HEADER or len(ordered) > MAX_TENSORS:
+        raise UsageError(f"{file} would hold {len(ordered)} tensors, too many for one header: ask for smaller shards")
+    return struct.pack("<Q", len(text)) + text
 
 
 class CheckpointWriter:
-    """Writes tensors piece by piece at their final places. Thread-safe."""
+    """Writes tensors piece by piece at their final places. Thread-safe.
+
+    The files must not exist yet. They are whole once :meth:`finish` has returned; :meth:`abort` lets go of
+    them in any state, and does nothing after that.
+    """
 
     def __init__(self, folder: Path, shards: Sequence[Shard]) -> None:
         self._folder = folder
-        self._shards = list(shards)
+        self._shards = tuple(shards)
+        self._tensors = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
+        self._missing = sum(tensor.nbytes for tensor in self._tensors.values())
+        self._waiting = {shard.file: 0 for shard in shards}
         self._descriptors: dict[str, int] = {}
-        self._home: dict[str, tuple[Shard, TensorInfo]] = {}
-        self._unsynced: dict[str, int] = {}
         self._lock = threading.Lock()
         try:
             for shard in shards:
@@ -97,46 +124,53 @@ class CheckpointWriter:
 
     def _create(self, shard: Shard) -> None:
         path = self._folder / shard.file
-        self._descriptors[shard.file] = storage.create(path, shard.size)
-        storage.pwrite_all(self._descriptors[shard.file], memoryview(shard.header), 0, path)
-        self._home.update({tensor.name: (shard, tensor) for tensor in shard.tensors})
+        self._descriptors[shard.file] = descriptor = storage.create(path, shard.size)
+        storage.pwrite_all(descriptor, memoryview(shard.header), 0, path)
 
     def write(self, name: str, start: int, array: npt.NDArray[Any]) -> None:
-        """Write elements from ``start`` on; ``array`` is contiguous, in the dtype's storage type."""
-        shard, tensor = self._home[name]
-        offset = shard.offsets[name] + start * DTYPES[tensor.dtype].bits // 8
-        descriptor = self._descriptors[shard.file]
-        storage.pwrite_all(descriptor, memoryview(array).cast("B"), offset, self._folder / shard.file)
-        if self._due(shard.file, array.nbytes):
+        """Write ``array`` (contiguous, of the dtype's storage type) as the tensor's items from ``start`` on.
+
+        Every item is to be written once. Raises OperationFailed when the disk fails.
+        """
+        tensor = self._tensors[name]
+        offset = start * array.itemsize
+        if start < 0 or offset + array.nbytes > tensor.nbytes:
+            raise ValueError(f"items {start} to {start + array.size} of {tensor} are outside of the tensor")
+        descriptor = self._descriptors[tensor.file]
+        storage.pwrite_all(descriptor, array.data, tensor.offset + offset, self._folder / tensor.file)
+        if self._is_due(tensor.file, array.nbytes):
             storage.start_writeback(descriptor, 0, 0)
 
-    def _due(self, file: str, nbytes: int) -> bool:
-        """Whether enough has been written to make the disk begin, so that the last sync finds little to do."""
+    def _is_due(self, file: str, nbytes: int) -> bool:
         with self._lock:
-            waiting = self._unsynced.get(file, 0) + nbytes
+            self._missing -= nbytes
+            waiting = self._waiting[file] + nbytes
             due = waiting >= _WRITEBACK
-            self._unsynced[file] = 0 if due else waiting
+            self._waiting[file] = 0 if due else waiting
             return due
 
     def finish(self) -> None:
-        """Write the index of several files; wait until everything is on the disk; close."""
-        if len(self._shards) > 1:
-            storage.write_small(self._folder / "model.safetensors.index.json", self._index())
+        """Wait until all is on the disk, close, and add the index where there are several files."""
+        if self._missing:
+            raise ValueError(f"{self._missing} bytes too few were written")
         for file, descriptor in self._descriptors.items():
             storage.fsync(descriptor, self._folder / file)
         self.abort()
+        if len(self._shards) > 1:
+            storage.write_small(self._folder / INDEX, self._index())
 
     def _index(self) -> bytes:
-        tensors = [tensor for shard in self._shards for tensor in shard.tensors]
-        metadata = {
-            "total_parameters": sum(tensor.count for tensor in tensors),
-            "total_size": sum(tensor.nbytes for tensor in tensors),
+        tensors = self._tensors.values()
+        content = {
+            "metadata": {
+                "total_parameters": sum(tensor.count for tensor in tensors),
+                "total_size": sum(tensor.nbytes for tensor in tensors),
+            },
+            "weight_map": {name: self._tensors[name].file for name in sorted(self._tensors)},
         }
-        weight_map = {name: self._home[name][0].file for name in sorted(self._home)}
-        return (json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, ensure_ascii=False) + "\n").encode()
+        return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
     def abort(self) -> None:
         """Close all files, whatever state they are in."""
-        for descriptor in self._descriptors.values():
-            storage.close(descriptor)
-        self._descriptors = {}
+        while self._descriptors:
+            storage.close(self._descriptors.popitem()[1])

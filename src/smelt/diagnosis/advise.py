@@ -41,11 +41,13 @@ class _Facts:
     longest: float  # length of the longest task vector over that of the shortest
 
 
-def advise_average(models: Sequence[str], dtype: str) -> Advice:
+def advise_average(models: Sequence[str], dtype: str) -> Advice | None:
     """Without a base nothing is known about task vectors; the mean is what remains."""
+    if len(models) < 2:
+        return None
     reasons = ("no base is known, so there are no task vectors to work on",)
-    others = (("task_arithmetic", "with --base"), ("slerp", "with two models")) if len(models) == 2 else ()
-    return Advice("linear", _recipe("linear", models, None, {"weight": 1.0}, dtype), reasons, others)
+    slerp = (("slerp", "t 0.5, for two models"),) if len(models) == 2 else ()
+    return Advice("linear", _recipe("linear", models, None, {"weight": 1.0}, dtype), reasons, slerp)
 
 
 def advise(survey: Survey, skipped: Collection[int], dtype: str) -> Advice | None:
@@ -94,11 +96,8 @@ def _one(facts: _Facts) -> _Choice:
 def _several(facts: _Facts) -> _Choice:
     size, cosine, conflict = len(facts.models), f"{facts.cosine:.2f}", f"{facts.conflict:.0%}"
     if facts.cosine > SAME_WAY:
-        return (
-            "linear",
-            {"weight": 1.0},
-            (f"the task vectors point the same way (mean cosine {cosine}): average them",),
-        )
+        reason = f"the task vectors point the same way (mean cosine {cosine}): average them"
+        return "linear", {"weight": 1.0}, (reason,)
     if facts.p99 > CONTINUED:
         reason = f"large task vectors (99 % of |delta| up to {facts.p99:.3g}) are better averaged than thinned"
         return "linear", {"weight": 1.0}, (reason,)
@@ -121,22 +120,16 @@ def _balance(facts: _Facts) -> list[str]:
 
 
 def _alternatives(facts: _Facts, chosen: str) -> list[tuple[str, str]]:
-    several = len(facts.models) > 1
-    found = []
-    if several and facts.p99 <= ORDINARY:
-        found.append(
-            (
-                "dare_ties",
-                f"ordinary fine-tunes (99 % of |delta| up to {facts.p99:.2g}): density 0.5, weights as above",
-            )
-        )
-    if several and facts.p99 > CONTINUED:
-        found.append(("ties", "with density 0.9 or more"))
-    elif several and chosen != "ties":
-        found.append(("ties", "density 0.2, where the sum loses abilities"))
-    if chosen != "task_arithmetic" and several:
-        found.append(("task_arithmetic", f"weight {1 / np.sqrt(len(facts.models)):.2g}"))
-    return found
+    if len(facts.models) < 2:
+        return []
+    large = facts.p99 > CONTINUED
+    found = [
+        ("ties", "density 0.9 or more" if large else "density 0.2, where the sum loses abilities"),
+        ("task_arithmetic", f"weight {1 / np.sqrt(len(facts.models)):.2g}"),
+    ]
+    if facts.p99 <= ORDINARY:
+        found.append(("dare_ties", f"density 0.5: ordinary fine-tunes (99 % of |delta| up to {facts.p99:.2g})"))
+    return [(method, why) for method, why in found if method != chosen]
 
 
 def _recipe(method: str, models: Sequence[str], base: str | None, parameters: dict[str, float], dtype: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -58,17 +59,20 @@ def likely_base(tried: Sequence[Candidate]) -> str | None:
 
 
 def judge_base(tried: Sequence[Candidate], given: str | None) -> list[Finding]:
-    """What to say about the choice of base."""
+    """What to say about the choice of base; nothing without candidates."""
+    if not tried:
+        return []
     best = likely_base(tried)
     facts = {"candidates": [candidate.as_dict() for candidate in tried]}
     if given is None:
         return [_no_base(tried, best, facts)]
-    distance = next(candidate.distance for candidate in tried if candidate.label == given)
+    distance = next((candidate.distance for candidate in tried if candidate.label == given), float("inf"))
     if best is None or best == given or not tried[0].distance < NEARER * distance:
         return []
     text = (
         f"{show(best)} fits better as the base than {show(given)}: the others differ from it by "
-        f"{tried[0].distance:.3f} of its norm, from {show(given)} by {distance:.3f}"
+        f"{tried[0].distance:.3f} of its norm"
+        + (f", from {show(given)} by {distance:.3f}" if isfinite(distance) else "")
     )
     return [Finding("warning", "better-base", (best, given), text, facts)]
 

@@ -14,10 +14,10 @@ from ..engine.findings import Finding
 from ..engine.progress import Progress, Silent
 from ..engine.types import common_dtype
 from ..engine.vocabulary import compare_vocabularies
-from ..errors import UsageError
+from ..errors import InputRejected, UsageError
 from ..kernels.dtypes import DTYPES, name_of
 from .advise import Advice, advise, advise_average
-from .bases import candidates, judge_base, likely_base
+from .bases import Candidate, candidates, judge_base, likely_base
 from .inventory import common_tensors, compare_inventories
 from .layers import by_layer, structure_of
 from .result import Diagnosis, row_of
@@ -46,14 +46,30 @@ def check(
     """
     if len(models) + (base is not None) < 2:
         raise UsageError("check compares models: give at least two, or one and --base")
+    sources = [*(() if base is None else [("base", base)]), *((f"model {i}", m) for i, m in enumerate(models))]
     with ExitStack() as stack:
-        opened = [_open(source, f"model {index}", stack) for index, source in enumerate(models)]
-        given = None if base is None else _open(base, "base", stack)
+        opened = _opened(sources, stack)
+        given = None if base is None else opened.pop(0)
         return _check(opened, given, sample, progress or Silent())
 
 
-def _open(source: Source, name: str, stack: ExitStack) -> Checkpoint:
-    """Paths and ids are called what the caller wrote, arrays in memory by their place."""
+def _opened(sources: Sequence[tuple[str, Source]], stack: ExitStack) -> list[Checkpoint]:
+    """Paths and ids are called what the caller wrote, arrays in memory by their place.
+
+    Raises InputRejected with the problems of all that cannot be opened.
+    """
+    opened: list[Checkpoint] = []
+    problems: list[str] = []
+    for name, source in sources:
+        try:
+            opened.append(_open_one(name, source, stack))
+        except InputRejected as error:
+            problems += error.problems
+    InputRejected.gather(dict.fromkeys(problems))
+    return opened
+
+
+def _open_one(name: str, source: Source, stack: ExitStack) -> Checkpoint:
     if isinstance(source, Checkpoint):
         return source
     return stack.enter_context(load(source, label=name if isinstance(source, Mapping) else None))
@@ -62,10 +78,9 @@ def _open(source: Source, name: str, stack: ExitStack) -> Checkpoint:
 def _check(models: list[Checkpoint], base: Checkpoint | None, sample: Sample, progress: Progress) -> Diagnosis:
     everyone = [*([base] if base is not None else []), *models]
     likeness = measure(everyone)
-    tried = candidates(likeness) if likeness.names else []
+    tried = _candidates(likeness, models, base)
     found = compare_inventories(models, base) + compare_configs(everyone) + compare_vocabularies(everyone)
-    if tried:
-        found += judge_base(tried, None if base is None else base.label)
+    found += judge_base(tried, None if base is None else base.label)
     if base is None and (label := likely_base(tried)) is not None:
         base = next(model for model in models if model.label == label)
         models = [model for model in models if model is not base]
@@ -73,7 +88,8 @@ def _check(models: list[Checkpoint], base: Checkpoint | None, sample: Sample, pr
     found += judge(likeness, base is not None)
     surveyed = None if base is None else _survey(models, base, sample, progress)
     if surveyed is not None:
-        found += judge_vectors(surveyed)
+        strangers = {finding.models[0] for finding in found if finding.code == "different-backbone"}
+        found += judge_vectors(surveyed, strangers)
     return Diagnosis(
         models=tuple(model.label for model in models),
         base=None if base is None else base.label,
@@ -82,6 +98,20 @@ def _check(models: list[Checkpoint], base: Checkpoint | None, sample: Sample, pr
         advice=_advice(models, surveyed, found, _superfluous(likeness, base is not None)),
         **_tables(surveyed),
     )
+
+
+def _candidates(likeness: Likeness, models: Sequence[Checkpoint], base: Checkpoint | None) -> list[Candidate]:
+    """Everyone tried as the base; the models alone where the base given is a stranger to them."""
+    if _alike(likeness, base is not None):
+        return candidates(likeness)
+    if base is None or len(models) < 2:
+        return []
+    alone = measure(models)
+    return candidates(alone) if _alike(alone, False) else []
+
+
+def _alike(likeness: Likeness, has_base: bool) -> bool:
+    return bool(likeness.names) and all(f.severity != "error" for f in judge(likeness, has_base))
 
 
 def _survey(models: Sequence[Checkpoint], base: Checkpoint, sample: Sample, progress: Progress) -> Survey:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from ..architecture import role_of
 from ..checkpoint import Checkpoint
+from ..engine.backbone import comparable
 from ..engine.findings import Finding
 from ..errors import show
 from ..kernels.dtypes import DTYPES
@@ -17,12 +18,7 @@ _EXAMPLES = 3
 def common_tensors(checkpoints: Sequence[Checkpoint]) -> list[str]:
     """Names of the tensors that can be compared element by element, sorted."""
     names = set(checkpoints[0]).intersection(*checkpoints)
-    return sorted(name for name in names if _fits([c.tensors[name] for c in checkpoints]))
-
-
-def _fits(infos: Sequence[object]) -> bool:
-    shapes = {info.shape for info in infos}  # type: ignore[attr-defined]
-    return len(shapes) == 1 and all(DTYPES[info.dtype].arithmetic for info in infos)  # type: ignore[attr-defined]
+    return sorted(name for name in names if comparable([c.tensors[name] for c in checkpoints]))
 
 
 def compare_inventories(models: Sequence[Checkpoint], base: Checkpoint | None) -> list[Finding]:

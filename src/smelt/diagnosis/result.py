@@ -81,19 +81,11 @@ class Diagnosis:
             "candidates": [candidate.as_dict() for candidate in self.candidates],
             "tensors": self.tensors,
             "share_read": self.share_read,
-            "overall": None if self.overall is None else _plain(self.overall),
-            "layers": [_plain(row) for row in self.layers],
+            "overall": None if self.overall is None else asdict(self.overall),
+            "layers": [asdict(row) for row in self.layers],
             "advice": None if self.advice is None else self.advice.as_dict(),
             "conventions": CONVENTIONS,
         }
-
-
-def _plain(row: LayerRow) -> dict[str, Any]:
-    return {
-        **asdict(row),
-        "models": [asdict(each) for each in row.models],
-        "pairs": [asdict(each) for each in row.pairs],
-    }
 
 
 def row_of(layer: str, vectors: TaskVectors, survey: Survey) -> LayerRow:

@@ -7,6 +7,8 @@ the model.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from ..engine.findings import Finding
 from ..errors import show
 from .survey import Survey
@@ -15,12 +17,17 @@ ORDINARY, CONTINUED = 0.005, 0.01  # 99th percentile of |delta|
 OPPOSED = -0.5  # cosine between task vectors
 
 
-def judge_vectors(survey: Survey) -> list[Finding]:
-    """Errors for values that are no numbers, warnings for task vectors that call for care."""
+def judge_vectors(survey: Survey, strangers: Collection[str]) -> list[Finding]:
+    """Errors for values that are no numbers, warnings for task vectors that call for care.
+
+    The ``strangers`` have another backbone, so the size and direction of their differences mean nothing.
+    """
     models = range(len(survey.models))
+    kin = [i for i in models if survey.models[i] not in strangers]
     return [
-        *(finding for i in models for finding in [*_nonfinite(survey, i), *_large(survey, i)]),
-        *(finding for i, j in survey.pairs for finding in _opposed(survey, i, j)),
+        *(finding for i in models for finding in _nonfinite(survey, i)),
+        *(finding for i in kin for finding in _large(survey, i)),
+        *(finding for i, j in survey.pairs if i in kin and j in kin for finding in _opposed(survey, i, j)),
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -11,6 +12,9 @@ from ..engine.progress import Progress
 from ..kernels.dtypes import DTYPES
 from .sampling import Sample, Sampling, read_rows
 from .vectors import TaskVectors
+
+#: More would wait for the interpreter's lock: numpy holds it between its calls.
+_THREADS = min(4, os.cpu_count() or 1)
 
 
 @dataclass
@@ -50,7 +54,7 @@ def survey(
         return result
     sampling = Sampling.of(sample, [base.tensors[name] for name in groups])
     progress.start(_bytes_to_read(everyone, groups, sampling), "checking")
-    with ThreadPoolExecutor(thread_name_prefix="smelt-check") as pool:
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="smelt-check") as pool:
         for name, vectors in zip(groups, pool.map(_task(everyone, sampling, progress), groups), strict=True):
             result.layers.setdefault(groups[name], TaskVectors.none(len(models))).add(vectors)
             result.total.add(vectors)

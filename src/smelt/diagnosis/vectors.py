@@ -21,9 +21,9 @@ class TaskVectors:
     """Sums over elements, for k models against one base. Sums of two groups add up.
 
     ``elements`` and all sums are estimates for the whole group where only a part of it was ``read``.
-    ``squares`` (k), ``zeros`` (k), ``nonfinite`` (k), ``largest`` (k); ``magnitudes`` (k, bins): histogram;
-    ``products``, ``conflicts``, ``overlaps`` (k, k): dot products; elements where both are non-zero with
-    opposite signs; elements where both are non-zero.
+    ``nonfinite`` (k): elements that are no numbers and count as unchanged; ``largest`` (k): max |delta|;
+    ``magnitudes`` (k, bins): histogram of |delta|; ``products``, ``conflicts``, ``overlaps`` (k, k): dot
+    products, elements that both change with opposite signs, elements that both change.
     """
 
     elements: float

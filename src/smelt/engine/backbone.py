@@ -6,15 +6,16 @@ but the weights can tell beforehand.
 
 Sampled are at most 48 matrices: of each kind (tensors whose names differ in their numbers only, such as
 all ``q_proj`` weights) the first, the middle and the last in depth, biggest kinds first. Of each matrix 16
-runs of 256 consecutive elements are read, spread evenly. Everything that is concluded comes from the
-products of the models' samples with each other, in fp64.
+runs of 256 consecutive elements are read, spread evenly. What is concluded comes from the products of the
+models' samples with each other, in fp64. Vectors (norms, biases) are sampled in the same way, but only to
+tell whether two models are equal: norms are much alike in any two networks.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..checkpoint import Checkpoint
+from ..checkpoint import Checkpoint, TensorInfo
 from ..errors import show
 from ..kernels.dtypes import DTYPES
 from .facts import compare_configs
@@ -37,7 +38,7 @@ LARGEST_RATIO = 0.3
 #: base and to each other, leave 0.917; networks that were trained apart have about 0.
 LEAST_SIBLING_COSINE = 0.9
 
-_MATRICES, _PER_KIND = 48, 3
+_MOST_TENSORS, _PER_KIND = 48, 3
 _RUNS, _RUN = 16, 256
 
 Products = npt.NDArray[np.float64]
@@ -48,7 +49,7 @@ class Likeness:
     """How alike checkpoints are, by index, from samples of the same elements of each.
 
     ``names``: the matrices. ``products`` (matrices, k, k): dot products of the samples. ``equal`` (k, k): all
-    sampled values agree. ``elements``: how many were sampled of each checkpoint.
+    sampled values agree, those of vectors too. ``elements``: how many were sampled of each checkpoint.
     """
 
     labels: tuple[str, ...]
@@ -170,38 +171,44 @@ def _evidence(likeness: Likeness) -> dict[str, int]:
 
 def measure(checkpoints: Sequence[Checkpoint]) -> Likeness:
     """Sample the same elements of all ``checkpoints`` and multiply the samples with each other."""
-    names = sampled_matrices(checkpoints)
+    matrices, vectors = (sampled_tensors(checkpoints, kind) for kind in (_is_matrix, _is_vector))
+    names = [*matrices, *vectors]
     with ThreadPoolExecutor(len(checkpoints), thread_name_prefix="smelt-sample") as pool:
         samples = list(pool.map(lambda checkpoint: _samples(checkpoint, names), checkpoints))
     size = len(checkpoints)
-    products, equal = np.zeros((len(names), size, size)), np.ones((size, size), np.bool_)
-    for index, name in enumerate(names):
-        parts = zip(samples, checkpoints, strict=True)
-        floats = [as_floats(sample[name], c.tensors[name].dtype) for sample, c in parts]
-        rows = np.stack(floats, dtype=np.float64)
-        products[index] = rows @ rows.T
+    products, equal = np.zeros((len(matrices), size, size)), np.ones((size, size), np.bool_)
+    for index, rows in enumerate(map(np.stack, zip(*samples, strict=True))):
         equal &= (rows[:, None] == rows[None, :]).all(axis=2)
+        if index < len(matrices):
+            products[index] = rows @ rows.T
     labels = tuple(checkpoint.label for checkpoint in checkpoints)
-    return Likeness(labels, tuple(names), products, equal, sum(len(sample) for sample in samples[0].values()))
+    return Likeness(labels, tuple(matrices), products, equal, sum(map(len, samples[0])))
 
 
-def sampled_matrices(checkpoints: Sequence[Checkpoint]) -> list[str]:
-    """Names of the matrices to look at, in the disk order of the first checkpoint."""
+def sampled_tensors(checkpoints: Sequence[Checkpoint], wanted: Callable[[tuple[int, ...]], bool]) -> list[str]:
+    """Names of the tensors of the ``wanted`` shapes to look at, in the disk order of the first checkpoint."""
     kinds: dict[str, list[str]] = defaultdict(list)
     for name in sorted(set(checkpoints[0]).intersection(*checkpoints), key=_natural):
-        if _comparable([checkpoint.tensors[name] for checkpoint in checkpoints]):
+        infos = [checkpoint.tensors[name] for checkpoint in checkpoints]
+        if wanted(infos[0].shape) and comparable(infos):
             kinds[re.sub(r"[0-9]+", "#", name)].append(name)
     tensors = checkpoints[0].tensors
     ordered = sorted(kinds.values(), key=lambda names: -max(tensors[name].count for name in names))
-    chosen = [name for names in ordered for name in _first_middle_last(names)][:_MATRICES]
+    chosen = [name for names in ordered for name in _first_middle_last(names)][:_MOST_TENSORS]
     return sorted(chosen, key=lambda name: (tensors[name].file, tensors[name].offset, name))
 
 
-def _comparable(infos: list[Any]) -> bool:
-    """A matrix (or convolution) of the same shape everywhere, not empty, of a type that has a value."""
-    shapes = {info.shape for info in infos}
-    matrix = len(shapes) == 1 and len(infos[0].shape) >= 2 and prod(infos[0].shape) > 1
-    return matrix and all(DTYPES[info.dtype].arithmetic for info in infos)
+def _is_matrix(shape: tuple[int, ...]) -> bool:
+    return len(shape) > 1 and prod(shape) > 1
+
+
+def _is_vector(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 1
+
+
+def comparable(infos: Sequence[TensorInfo]) -> bool:
+    """Of one shape everywhere, and of types that have a value."""
+    return len({info.shape for info in infos}) == 1 and all(DTYPES[info.dtype].arithmetic for info in infos)
 
 
 def _first_middle_last(names: list[str]) -> list[str]:
@@ -215,8 +222,10 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if index % 2 else (-1, part) for index, part in enumerate(parts)]
 
 
-def _samples(checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
-    return {name: _sample(checkpoint, name) for name in names}
+def _samples(checkpoint: Checkpoint, names: Sequence[str]) -> list[npt.NDArray[np.float64]]:
+    """Sampled values per tensor. What is no number counts as 0: it is for others to report."""
+    floats = (as_floats(_sample(checkpoint, name), checkpoint.tensors[name].dtype) for name in names)
+    return [np.nan_to_num(values.astype(np.float64), nan=0, posinf=0, neginf=0) for values in floats]
 
 
 def _sample(checkpoint: Checkpoint, name: str) -> npt.NDArray[Any]:

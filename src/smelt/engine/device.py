@@ -70,7 +70,7 @@ def nonfinite(stored: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.bool_]:
         return np.zeros(stored.shape, np.bool_)
     bits = stored.view(f"u{stored.dtype.itemsize}")
     wanted = bits.dtype.type(mask)
-    return (bits & wanted) == wanted
+    return np.asarray((bits & wanted) == wanted)
 
 
 def _torch_runner(device: str) -> Callable[..., int]:

@@ -2,8 +2,8 @@
 
 One coordinator (the calling thread) moves each tensor from pass to pass; the pool's threads read tiles,
 compute and write. Kernels, file reads and writes all release the interpreter's lock, so reading, computing
-and writing overlap. Several tensors are in flight, as many as the memory budget holds. No result depends on
-the order in which tiles finish.
+and writing overlap. A few tensors are in flight, so that a thread that has nothing to do in one finds work
+in the next. No result depends on the order in which tiles finish.
 """
 
 from __future__ import annotations
@@ -49,12 +49,6 @@ class Job:
     inputs: Sequence[Operand]
     begin: Callable[[], Steps | Output]
 
-    @property
-    def input_bytes(self) -> int:
-        from ..kernels.dtypes import DTYPES
-
-        return sum(operand.count * DTYPES[operand.dtype].bits // 8 for operand in self.inputs)
-
 
 @dataclass(eq=False)
 class _Live:
@@ -62,7 +56,6 @@ class _Live:
 
     job: Job
     tiles: list[Tile]
-    cost: int
     steps: Steps | None = None
     reducers: list[Reducer] = field(default_factory=list)
     partials: dict[int, Any] = field(default_factory=dict)
@@ -71,14 +64,12 @@ class _Live:
 
 
 class Executor:
-    """Runs jobs; ``budget`` bounds the bytes of tiles that are held at once."""
+    """Runs jobs on ``threads`` threads, each holding one tile at a time."""
 
-    def __init__(
-        self, sink: Sink, mapper: Mapper, *, threads: int, budget: int, progress: Progress | None = None
-    ) -> None:
+    def __init__(self, sink: Sink, mapper: Mapper, *, threads: int, progress: Progress | None = None) -> None:
         self._sink = sink
         self._mapper = mapper
-        self._budget = budget
+        self._most_live = 2 * threads + 2
         self._progress = progress or Silent()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="smelt")
         self._buffers = BufferPool()
@@ -97,21 +88,17 @@ class Executor:
         """Make every job's tensor. The first error stops the run and is raised."""
         waiting = deque(jobs)
         while waiting or self._live:
-            while waiting and self._fits(waiting[0]):
+            while waiting and len(self._live) < self._most_live:
                 self._start(waiting.popleft())
             if self._live:
                 self._collect()
 
-    def _fits(self, job: Job) -> bool:
-        held = sum(live.cost for live in self._live)
-        return not self._live or (held + job.input_bytes <= self._budget and len(self._live) < 64)
-
     def _start(self, job: Job) -> None:
+        if not job.count:
+            self._sink.finish(job.name)
+            return
         begun = job.begin()
-        statistics = isinstance(begun, Generator)
-        resident = statistics and 2 * job.input_bytes <= self._budget
-        tiles = tiles_of(job.count, self._buffers, resident)
-        live = _Live(job, tiles, job.input_bytes if resident else 0)
+        live = _Live(job, tiles_of(job.count, self._buffers))
         self._live.add(live)
         if isinstance(begun, Generator):
             live.steps = begun
@@ -156,7 +143,6 @@ class Executor:
         def task(tile: Tile) -> None:
             out = self._buffers.take(tile.count, job.dtype)
             self._mapper(job.name, output, job.dtype, tile, out)
-            tile.release()
             self._sink.write(job.name, tile.start, out, lambda: self._buffers.give(out))
             self._progress.advance(out.nbytes)
 
@@ -183,8 +169,7 @@ class Executor:
         """Runs on a thread of the pool; never raises."""
         try:
             result = task(tile)
-            if not tile.resident:
-                tile.release()
+            tile.release()
             self._progress.advance(tile.bytes_read)
             tile.bytes_read = 0
             self._done.put((live, index, result, None))
@@ -230,7 +215,7 @@ class Executor:
 
     def _survey_group(self, pairs: list[tuple[Reducer, Call]]) -> _Live:
         job = Job("", "F32", pairs[0][1].count, (), lambda: pairs[0][1])
-        live = _Live(job, tiles_of(job.count, self._buffers), 0)
+        live = _Live(job, tiles_of(job.count, self._buffers))
         self._submit(live, _pass_over(pairs), lambda: None)
         return live
 

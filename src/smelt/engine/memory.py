@@ -65,7 +65,7 @@ def merge_tensors(
     tensors = [inputs.tensor(name, shared, each, seed) for name in inputs.merged(shared)]
     sink = _ArraySink()
     mapper = mapper_for(device, on_nonfinite, _warn)
-    with Executor(sink, mapper, threads=threads or usable_cores(), budget=256 << 20) as executor:
+    with Executor(sink, mapper, threads=threads or usable_cores()) as executor:
         tensors = _survey(chosen, tensors, executor)
         executor.run(inputs.jobs(chosen, tensors, dtype, sink))
     return inputs.like_the_input(sink.arrays)

@@ -19,7 +19,7 @@ LEAST_MEMORY = 256 << 20
 
 @dataclass(frozen=True)
 class Options:
-    """What the caller chose. ``memory`` bounds the process, of which tiles get a third."""
+    """What the caller chose. ``memory`` bounds the whole process."""
 
     device: str = "cpu"
     threads: int = 1
@@ -31,11 +31,6 @@ class Options:
     force: bool = False
     strict: bool = False
     card: bool = True
-
-    @property
-    def tile_budget(self) -> int:
-        """Bytes of tiles that may be held at once."""
-        return self.memory * 11 // 32
 
 
 def options_of(

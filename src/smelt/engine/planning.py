@@ -70,14 +70,9 @@ class Plan:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes read from the inputs, every reading counted; tensors that fit the budget are read once."""
-        whole, _ = self.passes
-        return sum(output.input_bytes * (self._readings(output) + whole) for output in self.outputs)
-
-    def _readings(self, output: Output) -> int:
-        _, statistics = self.passes
-        fits = 2 * output.input_bytes <= self.options.tile_budget
-        return 1 if fits or output.tensor is None else 1 + statistics
+        """Bytes read from the inputs; what a statistic reads again comes from the system's page cache."""
+        again = sum(self.passes)
+        return sum(output.input_bytes * (1 if output.tensor is None else 1 + again) for output in self.outputs)
 
     @property
     def bytes_written(self) -> int:
@@ -94,8 +89,14 @@ class Plan:
     @property
     def peak_memory(self) -> int:
         """Expected resident memory in bytes: the process itself and the tiles in flight."""
-        most = max((output.input_bytes + output.nbytes for output in self.outputs), default=0)
-        return BASELINE + min(self.options.tile_budget, max(most, self.options.threads * 8 * 2 * TILE))
+        most = max((self._tile_bytes(output) for output in self.outputs), default=0)
+        return BASELINE + self.options.threads * most
+
+    def _tile_bytes(self, output: Output) -> int:
+        """Memory that one thread needs for one tile: the operands, the result, and as much again in counters."""
+        operands = (source.input.checkpoint.tensors[source.name].nbytes for source in output.piece.sources)
+        tile = min(1.0, TILE / max(1, output.count))
+        return int(2 * tile * (sum(operands) + output.nbytes)) + (4 << 20)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for ``--json``."""
@@ -205,7 +206,16 @@ def _planned(recipe: Recipe, method: Method, options: Options, inputs: Inputs) -
     if options.strict:
         UsageError.gather(filters)
     notices = [*recipe.notices, *inputs.notices(), *chart.notices, *filters]
-    return Plan(recipe, method, resolver.variant, seed, options, inputs, chart, tuple(outputs), notices)
+    made = Plan(recipe, method, resolver.variant, seed, options, inputs, chart, tuple(outputs), notices)
+    UsageError.gather(_memory_problems(made))
+    return made
+
+
+def _memory_problems(made: Plan) -> list[str]:
+    needed, given = made.peak_memory, made.options.memory
+    if needed <= given:
+        return []
+    return [f"memory: {needed >> 20}MiB are needed with {made.options.threads} threads, {given >> 20}MiB allowed"]
 
 
 def _output(recipe: Recipe, method: Method, piece: Piece, resolver: Resolver, inputs: Inputs, seed: int) -> Output:

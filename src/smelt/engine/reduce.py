@@ -89,7 +89,7 @@ class RankReducer:
         if not self._sampled:
             self._start(np.concatenate([bits for _, bits in partials]))
             return
-        counts = np.add.reduce([part.astype(np.int64) for part in self._counts.values()])
+        counts = np.add.reduce(list(self._counts.values()), dtype=np.int64 if self._population >> 32 else np.uint32)
         self._counts.clear()
         self.done = self._search.absorb(sum(below for _, below in partials), counts)
         self.result = self._search.value
@@ -136,7 +136,7 @@ def _symmetric(upper: list[float], width: int) -> list[list[float]]:
     matrix = np.zeros((width, width))
     rows, columns = np.triu_indices(width)
     matrix[rows, columns] = matrix[columns, rows] = upper
-    return matrix.tolist()  # type: ignore[no-any-return]
+    return matrix.tolist()
 
 
 def _width_of(call: Call) -> int:

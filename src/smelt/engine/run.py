@@ -142,7 +142,7 @@ def _write_weights(plan: Plan, folder: Path, progress: Progress, warn: Callable[
 def _execute(plan: Plan, sink: DiskSink, progress: Progress, warn: Callable[[str], None]) -> None:
     options = plan.options
     mapper = mapper_for(options.device, options.on_nonfinite, warn)
-    with Executor(sink, mapper, threads=options.threads, budget=options.tile_budget, progress=progress) as executor:
+    with Executor(sink, mapper, threads=options.threads, progress=progress) as executor:
         outputs = _surveyed(plan, executor)
         executor.run([_job(plan, output) for output in sorted(outputs, key=_disk_order)])
 

@@ -1,7 +1,7 @@
 """Tiles: runs of elements of one output tensor, and the reused memory that their operands are read into.
 
-A tile is always the same number of elements, whatever the memory budget: the budget sets how many tiles
-are in flight. So block sums, random blocks and digests never depend on it.
+A tile is always the same number of elements, whatever the machine: block sums, random blocks and digests
+never depend on anything but the tensor.
 """
 
 from __future__ import annotations
@@ -57,16 +57,15 @@ def _size_class(nbytes: int) -> int:
 class Tile:
     """Elements ``start`` .. ``start + count`` of one output tensor; its operands are read when first used.
 
-    A ``resident`` tile keeps what it has read until :meth:`release` is called; any other is released after
-    each pass and read again by the next.
+    A tile is released after each pass and read again by the next: reading from the system's page cache into
+    a small, warm buffer is as fast as going through a large one of our own, and needs no memory.
     """
 
-    __slots__ = ("_arrays", "_pool", "bytes_read", "count", "resident", "start")
+    __slots__ = ("_arrays", "_pool", "bytes_read", "count", "start")
 
-    def __init__(self, start: int, count: int, pool: BufferPool, resident: bool = False) -> None:
+    def __init__(self, start: int, count: int, pool: BufferPool) -> None:
         self.start = start
         self.count = count
-        self.resident = resident
         self.bytes_read = 0
         self._pool = pool
         self._arrays: dict[int, npt.NDArray[Any]] = {}
@@ -82,14 +81,15 @@ class Tile:
         return array
 
     def window(self, count: int) -> Arrays:
-        """Access to the first ``count`` elements alone: read by themselves unless the tile is resident."""
-        if self.resident:
-            return lambda operand: self(operand)[:count]
+        """Access to the first ``count`` elements alone, without reading the rest of the tile."""
 
         def read(operand: Operand) -> npt.NDArray[Any]:
-            array = np.empty(count, DTYPES[operand.dtype].storage)
-            operand.read(self.start, array)
-            return array
+            array = self._arrays.get(id(operand))
+            if array is not None:
+                return array[:count]
+            small = np.empty(count, DTYPES[operand.dtype].storage)
+            operand.read(self.start, small)
+            return small
 
         return read
 
@@ -100,6 +100,6 @@ class Tile:
         self._arrays.clear()
 
 
-def tiles_of(count: int, pool: BufferPool, resident: bool = False) -> list[Tile]:
+def tiles_of(count: int, pool: BufferPool) -> list[Tile]:
     """The tiles of a tensor of ``count`` elements, in order; none when it is empty."""
-    return [Tile(start, min(TILE, count - start), pool, resident) for start in range(0, count, TILE)]
+    return [Tile(start, min(TILE, count - start), pool) for start in range(0, count, TILE)]

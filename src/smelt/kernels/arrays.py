@@ -35,7 +35,7 @@ def _first_array(arguments: dict[str, Any]) -> Any:
     """An array that sets backend, device and computing dtype: the first floating one."""
     for value in arguments.values():
         for item in value if isinstance(value, tuple) else (value,):
-            if hasattr(item, "dtype") and getattr(item, "ndim", 0) and "float" in str(item.dtype):
+            if hasattr(item, "dtype") and getattr(item, "ndim", None) and "float" in str(item.dtype):
                 return item
     raise TypeError("an element formula needs at least one floating array")
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import storage
+from ..errors import OperationFailed, show
 from .program import SUM_BLOCK as BLOCK
 from .program import Call, Draw, Mask, Step
 from .source import Formula, source_of
@@ -35,7 +36,7 @@ def kernel_for(template: str, call: Call, out: str = "") -> Kernel:
     if kernel is None:
         kernel = _kernel(template, call.formula, kinds_of(call), precision_of(call), out)
         call.kernels[template, out] = kernel
-    return kernel  # type: ignore[no-any-return]
+    return kernel
 
 
 def precision_of(call: Call) -> str:
@@ -109,7 +110,9 @@ class _Arguments:
         return self.parameters[-1]
 
 
-def _loop(arguments: _Arguments, body: list[str], out: tuple[str, ...] = (), after: list[str] | None = None) -> list[str]:
+def _loop(
+    arguments: _Arguments, body: list[str], out: tuple[str, ...] = (), after: list[str] | None = None
+) -> list[str]:
     """The loop over ``count`` elements; with draws or ``after``, over blocks of 1024.
 
     Counting from 0 over whole arrays lets LLVM see that no index is negative; that is what vectorises. So a
@@ -253,6 +256,8 @@ def _load(text: str) -> Any:
     if name not in sys.modules:
         path = _cache_folder() / f"{name}.py"
         storage.write_atomically(path, text.encode())
+        if storage.read_small(path, 1 << 24) != text.encode():
+            raise OperationFailed(f"{show(path)} was altered: remove the kernel cache and try again")
         specification = importlib.util.spec_from_file_location(name, path)
         if specification is None or specification.loader is None:
             raise ImportError(f"cannot import the generated kernel {path}")
@@ -267,10 +272,10 @@ def _environment() -> str:
     """What else decides the machine code: the scalar building blocks and the compiler's version."""
     import numba
 
-    from . import scalars
+    from . import scalars, sums
 
-    scalars_text = storage.read_small(Path(scalars.__file__), 1 << 20)
-    return hashlib.sha256(scalars_text).hexdigest() + numba.__version__
+    texts = [storage.read_small(Path(str(module.__file__)), 1 << 20) for module in (scalars, sums)]
+    return f"{hashlib.sha256(b''.join(texts)).hexdigest()} {numba.__version__}"
 
 
 @cache

@@ -34,7 +34,8 @@ class DType:
         except TypeError:
             import ml_dtypes
 
-            return np.dtype(getattr(ml_dtypes, self.value_type))
+            values: np.dtype[Any] = np.dtype(getattr(ml_dtypes, self.value_type))
+            return values
 
     def as_values(self, storage: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """View stored bits as values, without a copy."""

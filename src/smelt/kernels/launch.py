@@ -69,9 +69,7 @@ def run_magnitudes(call: Call, arrays: Arrays, start: int, count: int) -> npt.ND
     return out
 
 
-def run_sums(
-    call: Call, arrays: Arrays, start: int, count: int, width: int, products: bool
-) -> npt.NDArray[np.float64]:
+def run_sums(call: Call, arrays: Arrays, start: int, count: int, width: int, products: bool) -> npt.NDArray[np.float64]:
     """Block sums of the ``width`` numbers that the formula returns, or of the products of their pairs.
 
     Returns (blocks, width) or (blocks, width (width + 1) / 2). A Step splits a block in two.

@@ -19,6 +19,15 @@ import numpy.typing as npt
 #: At most this many bins per histogram: 4 MB of counters, of which a good guess touches a few per cent.
 MAX_BINS = 1 << 20
 
+_BLOCK = 4096
+
+
+def _locate(counts: npt.NDArray[Any], rank: int) -> tuple[int, int]:
+    """The index whose cumulative count reaches ``rank``, and the rank within it."""
+    cumulative = np.cumsum(counts, dtype=np.int64)
+    index = int(np.searchsorted(cumulative, rank))
+    return index, rank - int(cumulative[index - 1] if index else 0)
+
 
 @dataclass
 class RankSearch:
@@ -40,8 +49,8 @@ class RankSearch:
         size = len(sample)
         share = self.rank / population
         margin = 6 * sqrt(max(share * (1 - share), 1 / size) / size)
-        ordered = np.sort(sample)
         first, last = int((share - margin) * size), int((share + margin) * size) + 1
+        ordered = np.partition(sample, [max(0, first), min(size - 1, last)])
         self.low = int(ordered[first]) if first > 0 else 0
         self.high = int(ordered[last]) + 1 if last < size else 1 << self.bits
 
@@ -56,19 +65,21 @@ class RankSearch:
 
     def absorb(self, below: int, counts: npt.NDArray[Any]) -> bool:
         """Take one pass's counts; True when the value is found, else the window has moved."""
-        inside = int(counts.sum(dtype=np.int64))
+        blocks = np.add.reduceat(counts, np.arange(0, len(counts), _BLOCK), dtype=np.int64)
+        inside = int(blocks.sum())
         if self.rank <= below:
             self.low, self.high = 0, self.low
         elif self.rank > below + inside:
             self.low, self.high = self.high, 1 << self.bits
         else:
-            return self._narrow(below, counts)
+            return self._narrow(self.rank - below, blocks, counts)
         return False
 
-    def _narrow(self, below: int, counts: npt.NDArray[Any]) -> bool:
-        cumulative = np.cumsum(counts, dtype=np.int64)
-        bin_index = int(np.searchsorted(cumulative, self.rank - below))
-        width = self.width
+    def _narrow(self, rank: int, blocks: npt.NDArray[np.int64], counts: npt.NDArray[Any]) -> bool:
+        """Move to the bin of ``rank`` within the window; ``blocks`` are sums of _BLOCK counts each."""
+        block, rank = _locate(blocks, rank)
+        inner, _ = _locate(counts[block * _BLOCK : (block + 1) * _BLOCK], rank)
+        width, bin_index = self.width, block * _BLOCK + inner
         self.low += bin_index << width
         self.high = min(self.high, self.low + (1 << width))
         return width == 0

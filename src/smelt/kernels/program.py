@@ -132,7 +132,7 @@ class Cut:
     Result: int; the number of elements when every equal one is wanted.
     """
 
-    calls: tuple[Call]
+    calls: tuple[Call, ...]
     magnitude: float
     keep: int
 

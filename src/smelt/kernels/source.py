@@ -54,7 +54,7 @@ def source_of(formula: Formula) -> Source:
 
 def _collect(formula: Formula, constants: dict[str, float], done: dict[str, str]) -> None:
     """Append the pinned text of ``formula`` to ``done``, behind everything it calls."""
-    if formula.__closure__:  # type: ignore[attr-defined]
+    if formula.__closure__:
         raise TypeError(f"{formula.__qualname__} is a closure; a formula may only use its arguments")
     tree = ast.parse(textwrap.dedent(inspect.getsource(formula))).body[0]
     if not isinstance(tree, ast.FunctionDef):
@@ -63,7 +63,7 @@ def _collect(formula: Formula, constants: dict[str, float], done: dict[str, str]
     pin = _Pin(constants)
     pin.visit(tree)
     for name in sorted(_free_names(tree)):
-        called = vocabulary.WORDS.get(name) or formula.__globals__.get(name)  # type: ignore[attr-defined]
+        called = vocabulary.WORDS.get(name) or formula.__globals__.get(name)
         if name in vocabulary.WORDS and called is vocabulary.WORDS[name] and name in {"where", "sqrt"}:
             continue
         if not inspect.isfunction(called):

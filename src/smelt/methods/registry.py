@@ -54,7 +54,7 @@ class Parameter:
             return f"{self.name} must be a {self.kind}, not {value!r}"
         if self.choices and value not in self.choices:
             return f"{self.name} must be one of {', '.join(self.choices)}, not {value!r}"
-        if self.kind in ("float", "int"):
+        if isinstance(value, int | float) and not isinstance(value, bool):
             return self._out_of_range(value)
         return None
 

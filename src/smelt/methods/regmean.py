@@ -43,5 +43,5 @@ def _solve(gram: Matrix, right: Matrix) -> Matrix:
             factor = np.linalg.cholesky(gram + shift * np.eye(len(gram)))
         except np.linalg.LinAlgError:
             continue
-        return np.linalg.solve(factor.T, np.linalg.solve(factor, right))
-    return np.linalg.lstsq(gram, right, rcond=None)[0]
+        return np.asarray(np.linalg.solve(factor.T, np.linalg.solve(factor, right)), np.float64)
+    return np.asarray(np.linalg.lstsq(gram, right, rcond=None)[0], np.float64)

@@ -1,0 +1,191 @@
+"""Which files of a folder are its weights. Where that is not clear, nothing is guessed.
+
+In order: an index, one file of a well-known name, a complete numbered set, the only safetensors file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from .. import storage
+from ..errors import InputRejected, show
+from .documents import read_json
+
+#: What weight files are called, apart from their number; the first is transformers' name.
+STEMS = ("model", "diffusion_pytorch_model", "open_clip_model")
+
+MAX_SHARDS = 10_000
+
+#: A shard's name: stem, number, total.
+NUMBERED = re.compile(r"(.+)-(\d{1,6})-of-(\d{1,6})\.safetensors", re.ASCII)
+
+_INDEX = ".safetensors.index.json"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_ADAPTER = "adapter_model."
+
+PICKLE_ADVICE = (
+    "is pickled, and reading it can run code: convert it to safetensors first, with save_pretrained of a current "
+    "transformers where you trust it"
+)
+ADAPTER_ADVICE = "is an adapter, not a model: name the base that it belongs to as base+adapter"
+
+WeightMap = Mapping[str, str]
+
+
+def choose(folder: Path) -> tuple[list[str], WeightMap | None]:
+    """The names of the weight files, and the index's map from tensor to file where there is one.
+
+    Raises InputRejected when there are none, when it is not clear which are meant, or when some are missing.
+    """
+    names = storage.listdir(folder)
+    weights = [name for name in names if name.endswith(".safetensors") and not name.startswith(_ADAPTER)]
+    indices = _indices(names)
+    single = next((f"{stem}.safetensors" for stem in STEMS if f"{stem}.safetensors" in weights), None)
+    if indices:
+        return _from_index(folder, indices, single)
+    if not weights:
+        raise InputRejected(f"{storage.shown(folder)} {_what_else(names)}")
+    numbered = [match for name in weights if (match := NUMBERED.fullmatch(name))]
+    if single and not any(match[1] == Path(single).stem for match in numbered):
+        return [single], None
+    if len(weights) == len(numbered):
+        return _complete_set(folder, numbered), None
+    if len(weights) > 1:
+        raise InputRejected(f"{storage.shown(folder)} holds {_several(weights)}: {_choice(folder, weights[0])}")
+    return weights, None
+
+
+def _indices(names: Iterable[str]) -> list[str]:
+    found = [name for name in names if name.endswith(_INDEX)]
+    known = [f"{stem}{_INDEX}" for stem in STEMS if f"{stem}{_INDEX}" in found]
+    return known or found
+
+
+def _several(names: Sequence[str]) -> str:
+    shown = ", ".join(show(name) for name in names[:4])
+    return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown
+
+
+def _choice(folder: Path, name: str) -> str:
+    return f"give the path of the one that is meant, such as {storage.shown(folder / name)}, or remove the others"
+
+
+def _what_else(names: Sequence[str]) -> str:
+    """What a folder without safetensors weights holds, and what to do about it."""
+    pickles = [name for name in names if name.endswith(_PICKLES)]
+    if any(name.startswith(("adapter_model.", "adapter_config.")) for name in names):
+        return ADAPTER_ADVICE
+    if pickles:
+        return f"holds no safetensors file; {show(pickles[0])} {PICKLE_ADVICE}"
+    if any(name.endswith(".gguf") for name in names):
+        return "holds GGUF, which this version does not read"
+    if "model_index.json" in names:
+        return "is a diffusers pipeline: give one of its parts, such as the folder unet or transformer in it"
+    if any(name.endswith(".incomplete") for name in names):
+        return "holds an unfinished download: finish it"
+    return "holds no weights: expected model.safetensors, or shards with model.safetensors.index.json"
+
+
+# --- with an index --------------------------------------------------------------------------------------
+
+
+def _from_index(folder: Path, indices: Sequence[str], single: str | None) -> tuple[list[str], WeightMap]:
+    if len(indices) > 1:
+        raise InputRejected(f"{storage.shown(folder)} holds {_several(indices)}: {_choice(folder, indices[0])}")
+    files, weight_map = read_index(folder / indices[0])
+    if single is not None and files != [single]:
+        raise InputRejected(
+            f"{storage.shown(folder)} holds {show(single)} and {show(indices[0])}, two models of which one is stale: "
+            + _choice(folder, indices[0])
+        )
+    return files, weight_map
+
+
+def read_index(path: Path) -> tuple[list[str], WeightMap]:
+    """The files that an index names, sorted, and its map from tensor to file. Raises InputRejected."""
+    where = storage.shown(path)
+    weight_map = read_json(present(path)).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputRejected(f"{where}: weight_map is {show(weight_map)}, expected an object of file names")
+    problems = (
+        f"{where}: weight_map sends {show(tensor)} to {show(file)}, {problem}"
+        for tensor, file in weight_map.items()
+        if (problem := _file_name_problem(file))
+    )
+    if (first := next(problems, None)) is not None:
+        raise InputRejected(first)
+    files = sorted(set(weight_map.values()))
+    if len(files) > MAX_SHARDS:
+        raise InputRejected(f"{where} names {len(files)} files, at most {MAX_SHARDS} are accepted")
+    _refuse_missing(path.parent, files)
+    return files, weight_map
+
+
+def _file_name_problem(file: object) -> str | None:
+    """What makes it anything but the name of a safetensors file in the same folder."""
+    if not isinstance(file, str):
+        return "expected the name of a file"
+    if not file.isprintable() or len(file) > 255 or any(mark in file for mark in "/\\:") or file.startswith("."):
+        return "expected the plain name of a file in the same folder"
+    if not file.endswith(".safetensors"):
+        return f"which {PICKLE_ADVICE}" if file.endswith(_PICKLES) else "expected a .safetensors file"
+    return None
+
+
+# --- without one ----------------------------------------------------------------------------------------
+
+
+def _complete_set(folder: Path, numbered: Sequence[re.Match[str]]) -> list[str]:
+    """All files of one numbered set, none of which may be missing."""
+    sets = sorted({(match[1], match[3]) for match in numbered})
+    if len(sets) > 1:
+        kinds = _several([f"{stem}-...-of-{total}.safetensors" for stem, total in sets])
+        raise InputRejected(
+            f"{storage.shown(folder)} holds shards of several sets ({kinds}) and no index: remove the stale ones"
+        )
+    (stem, total), width = sets[0], len(numbered[0][2])
+    if not 0 < int(total) <= MAX_SHARDS:
+        raise InputRejected(f"{storage.shown(folder)}: {show(numbered[0][0])} counts shards beyond {MAX_SHARDS}")
+    wanted = [f"{stem}-{number:0{width}d}-of-{total}.safetensors" for number in range(1, int(total) + 1)]
+    _refuse_missing(folder, wanted)
+    return wanted
+
+
+def _refuse_missing(folder: Path, files: Iterable[str]) -> None:
+    names = set(storage.listdir(folder))
+    missing = [file for file in files if file not in names]
+    if missing:
+        unfinished = ", a download is unfinished" if _is_unfinished(folder, names) else ""
+        raise InputRejected(
+            f"{storage.shown(folder)}: {len(missing)} of its weight files are missing ({_several(missing)})"
+            f"{unfinished}: download the model again"
+        )
+
+
+def _is_unfinished(folder: Path, names: Iterable[str]) -> bool:
+    """Whether files wait under the names that huggingface_hub gives to parts, here or in its cache."""
+    blobs = folder.parent.parent / "blobs"
+    waiting = storage.listdir(blobs) if folder.parent.name == "snapshots" and storage.is_folder(blobs) else []
+    return any(name.endswith(".incomplete") for name in (*names, *waiting))
+
+
+def present(path: Path) -> Path:
+    """The same path. InputRejected when it is a link that leads nowhere, as an interrupted download leaves it."""
+    if storage.exists(path) and not storage.leads_somewhere(path):
+        raise InputRejected(
+            f"{storage.shown(path)} is a link to a file that is not there: the download was interrupted, repeat it"
+        )
+    return path
+
+
+def refuse_other_formats(path: Path) -> None:
+    """Say of a single file that it is an adapter, pickled or GGUF, where its name tells."""
+    where = storage.shown(path)
+    if path.name.startswith(_ADAPTER):
+        raise InputRejected(f"{where} {ADAPTER_ADVICE}")
+    if path.suffix in _PICKLES:
+        raise InputRejected(f"{where} {PICKLE_ADVICE}")
+    if path.suffix == ".gguf":
+        raise InputRejected(f"{where} is GGUF, which this version does not read")
