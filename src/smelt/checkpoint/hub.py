@@ -1,60 +1,108 @@
-"""Hub repositories: owner/name[@revision], resolved once to a commit in the local cache."""
+"""Hub repositories: owner/name at a revision, resolved once to a commit in the local cache.
+
+Only what a model needs is downloaded, and never pickled weights. With ``HF_HUB_OFFLINE`` or
+``TRANSFORMERS_OFFLINE`` set, or where the hub cannot be reached, only the cache is consulted.
+"""
 
 from __future__ import annotations
 
+import glob
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import InputRejected, OperationFailed, show
+from .. import storage
+from ..errors import InputRejected, OperationFailed, SmeltError, show
+from .selection import STEMS, is_weights, present, what_else
 
-_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model", "*.md"]
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+_REVISION = re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w./-]*", re.ASCII)
+_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".json", ".yaml", ".yml")
+_SIDE_FILES = (".json", ".txt", ".jinja", ".model", "README.md")
 
 
 def is_id(text: str) -> bool:
-    """Whether ``text`` could be a repository rather than a path."""
-    return _ID.fullmatch(text) is not None and not text.startswith((".", "~"))
+    """Whether ``text`` could be a repository: owner/name, or the bare name of an old one."""
+    return _ID.fullmatch(text) is not None and not text.endswith(_FILES)
 
 
-def offline() -> bool:
-    words = {"1", "ON", "YES", "TRUE"}
-    return any(os.environ.get(name, "").upper() in words for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+def is_offline() -> bool:
+    switches = (os.environ.get(name, "").upper() for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+    return any(switch in ("1", "ON", "YES", "TRUE") for switch in switches)
 
 
 def fetch(repository: str, revision: str | None) -> tuple[Path, str]:
     """The local snapshot of a repository, downloaded where allowed, and its commit.
 
-    Raises InputRejected when it does not exist, or is not in the cache while offline.
+    Raises InputRejected when repository or revision does not exist, when it holds no safetensors, when it is
+    not in the cache and the hub is out of reach, and when an interrupted download left it unfinished;
+    OperationFailed when the download fails.
     """
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    where = f"{repository}@{revision}" if revision else repository
-    try:
-        found = huggingface_hub.snapshot_download(
-            repository, revision=revision, allow_patterns=_PATTERNS, local_files_only=offline()
-        )
-    except errors.LocalEntryNotFoundError as error:
-        hint = "it is not in the local cache and the hub is switched off" if offline() else "the hub cannot be reached"
-        raise InputRejected(f"{show(where)}: no such folder, and as a hub id {hint}") from error
-    except errors.RevisionNotFoundError as error:
-        raise InputRejected(f"{show(where)}: the hub has no such revision") from error
-    except errors.RepositoryNotFoundError as error:
-        raise InputRejected(f"{show(where)}: neither a local folder nor a hub repository that you may read") from error
-    except errors.HFValidationError as error:
-        raise InputRejected(f"{show(where)}: no such folder, and not a hub id") from error
-    except OSError as error:
-        raise OperationFailed(f"{show(where)}: download failed: {error}") from error
-    snapshot = Path(found)
-    _refuse_unfinished(snapshot)
+    where = show(repository if revision is None else f"{repository}@{revision}")
+    if revision is not None and _REVISION.fullmatch(revision) is None:
+        raise InputRejected(f"{where}: that is no name of a revision")
+    snapshot = Path(_asked(repository, revision, where))
+    for name in storage.listdir(snapshot):
+        present(snapshot / name)
     return snapshot, snapshot.name
 
 
-def _refuse_unfinished(snapshot: Path) -> None:
-    """A link in a snapshot whose blob is missing means an interrupted download."""
-    for path in sorted(snapshot.iterdir()):
-        if path.is_symlink() and not path.exists():
-            raise InputRejected(
-                f"{show(path.name)} in the cache of {snapshot.parents[1].name} is unfinished: download again"
-            )
+def _asked(repository: str, revision: str | None, where: str) -> str:
+    """Where the hub library put the snapshot; its errors become ours."""
+    from huggingface_hub import errors
+
+    try:
+        return _cached(repository, revision) if is_offline() else _downloaded(repository, revision, where)
+    except SmeltError:
+        raise
+    except errors.LocalEntryNotFoundError as error:
+        hub = "HF_HUB_OFFLINE is set" if is_offline() else "the hub cannot be reached"
+        raise InputRejected(f"{where}: no such folder, and as a hub id not in the local cache ({hub})") from error
+    except errors.RevisionNotFoundError as error:
+        raise InputRejected(f"{where}: the hub has the repository, but not this revision") from error
+    except errors.GatedRepoError as error:
+        raise InputRejected(
+            f"{where}: the hub wants its terms accepted first; then log in with hf auth login"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise InputRejected(f"{where}: no such folder, and no hub repository that you may read") from error
+    except errors.HFValidationError as error:
+        raise InputRejected(f"{where}: no such folder, and not a hub id") from error
+    except Exception as error:  # the HTTP client behind the hub library, and so its errors, differ by version
+        raise OperationFailed(f"{where}: the download failed: {show(error)}") from error
+
+
+def _cached(repository: str, revision: str | None) -> str:
+    from huggingface_hub import snapshot_download
+
+    # No pattern asks for no file: whether the snapshot is whole shows when it is opened.
+    found: str = snapshot_download(repository, revision=revision, allow_patterns=[], local_files_only=True)
+    return found
+
+
+def _downloaded(repository: str, revision: str | None, where: str) -> str:
+    from huggingface_hub import HfApi, errors, snapshot_download
+
+    try:
+        names = [file.rfilename for file in HfApi().model_info(repository, revision=revision).siblings or ()]
+    except (errors.HfHubHTTPError, errors.HFValidationError):
+        raise
+    except Exception:  # no connection, in the words of whatever HTTP client is used
+        return _cached(repository, revision)
+    patterns = [glob.escape(name) for name in wanted(names, where)]
+    found: str = snapshot_download(repository, revision=revision, allow_patterns=patterns)
+    return found
+
+
+def wanted(names: Sequence[str], where: str) -> list[str]:
+    """The files of a repository to download: side files and one set of weights, of its top folder only.
+
+    Raises InputRejected when there are no safetensors weights among them.
+    """
+    top = [name for name in names if "/" not in name]
+    weights = [name for name in top if is_weights(name)]
+    if not weights:
+        raise InputRejected(f"{where} {what_else(top)}")
+    named = next((found for stem in STEMS if (found := [n for n in weights if n.startswith(stem)])), weights)
+    return sorted({*named, *(name for name in top if name.endswith(_SIDE_FILES))})

@@ -40,13 +40,13 @@ def choose(folder: Path) -> tuple[list[str], WeightMap | None]:
     Raises InputRejected when there are none, when it is not clear which are meant, or when some are missing.
     """
     names = storage.listdir(folder)
-    weights = [name for name in names if name.endswith(".safetensors") and not name.startswith(_ADAPTER)]
+    weights = [name for name in names if is_weights(name)]
     indices = _indices(names)
     single = next((f"{stem}.safetensors" for stem in STEMS if f"{stem}.safetensors" in weights), None)
     if indices:
         return _from_index(folder, indices, single)
     if not weights:
-        raise InputRejected(f"{storage.shown(folder)} {_what_else(names)}")
+        raise InputRejected(f"{storage.shown(folder)} {what_else(names)}")
     numbered = [match for name in weights if (match := NUMBERED.fullmatch(name))]
     if single and not any(match[1] == Path(single).stem for match in numbered):
         return [single], None
@@ -55,6 +55,11 @@ def choose(folder: Path) -> tuple[list[str], WeightMap | None]:
     if len(weights) > 1:
         raise InputRejected(f"{storage.shown(folder)} holds {_several(weights)}: {_choice(folder, weights[0])}")
     return weights, None
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file is named as weights of a model."""
+    return name.endswith(".safetensors") and not name.startswith(_ADAPTER)
 
 
 def _indices(names: Iterable[str]) -> list[str]:
@@ -72,10 +77,10 @@ def _choice(folder: Path, name: str) -> str:
     return f"give the path of the one that is meant, such as {storage.shown(folder / name)}, or remove the others"
 
 
-def _what_else(names: Sequence[str]) -> str:
-    """What a folder without safetensors weights holds, and what to do about it."""
+def what_else(names: Sequence[str]) -> str:
+    """What a folder without safetensors weights holds, and what to do about it: the end of a sentence."""
     pickles = [name for name in names if name.endswith(_PICKLES)]
-    if any(name.startswith(("adapter_model.", "adapter_config.")) for name in names):
+    if any(name.startswith((_ADAPTER, "adapter_config.")) for name in names):
         return ADAPTER_ADVICE
     if pickles:
         return f"holds no safetensors file; {show(pickles[0])} {PICKLE_ADVICE}"

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .memory import merge_tensors
-    from .run import Artifact, merge
     from .planning import Plan, plan
+    from .run import Artifact, merge
     from .verification import verify
 
 __all__ = ["Artifact", "Plan", "merge", "merge_tensors", "plan", "verify"]

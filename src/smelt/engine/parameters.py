@@ -28,6 +28,7 @@ def constant_parameters(
             each[parameter.name] = values
         elif values:
             shared[parameter.name] = values[0]
+    problems += [f"{method.name}: {text}" for text in method.idle([*parameters, *per_model], shared.get)]
     UsageError.gather(dict.fromkeys(problems))
     return shared, each
 

@@ -94,7 +94,7 @@ def _check_backbones(plan: Plan) -> list[str]:
     models = [item.checkpoint for item in plan.inputs if item is not base]
     findings = compare_backbones(models, base.checkpoint if base is not None else None)
     errors = [finding.message for finding in findings if finding.severity == "error"]
-    if errors and not plan.options.force:
+    if errors and plan.recipe.slices is None and not plan.options.force:
         InputRejected.gather([*errors[:-1], f"{errors[-1]} (--force merges them all the same)"])
     warnings = [finding.message for finding in findings if finding.severity == "warning"]
     if plan.options.strict:

@@ -24,7 +24,22 @@ def check_settings(recipe: Recipe, method: Method) -> list[str]:
             problems.append(setting.position.report(f"{name} holds for all models: move it to the top level"))
         else:
             problems += _check_values(parameter, setting)
-    return problems
+    return problems or _idle(recipe, method)
+
+
+def _idle(recipe: Recipe, method: Method) -> list[str]:
+    """Settings that would have no effect beside the others."""
+    places = {placed.name: placed.setting.position for placed in recipe.all_settings()}
+    defaults = {parameter.name: parameter.default for parameter in method.parameters}
+    variant = variant_of(recipe, method)
+
+    def value_of(name: str) -> Any:
+        if name == "variant":
+            return variant
+        return recipe.parameters[name].resolve(0.0, "") if name in recipe.parameters else defaults[name]
+
+    idle = [(text.partition(" ")[0], text) for text in method.idle(places, value_of)]
+    return [places[name].report(f"{method.name}: {text}") for name, text in idle]
 
 
 def _check_values(parameter: Parameter, setting: Setting) -> Iterator[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -29,7 +29,8 @@ class Parameter:
     """One knob of a method. ``per_model`` parameters take one value per model (the base excepted).
 
     ``low`` and ``high`` bound a number, inclusive unless ``open_low``; ``choices`` bound a word.
-    ``mergekit`` tells whether mergekit's method has it too, ``defaults`` where a variant's default differs.
+    ``mergekit`` tells whether mergekit's method has it too, ``defaults`` where a variant's default differs,
+    ``when`` (another parameter, its values) under which choices alone it has an effect.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Parameter:
     choices: tuple[str, ...] = ()
     mergekit: bool = True
     defaults: tuple[tuple[str, Any], ...] = ()
+    when: tuple[str, tuple[str, ...]] | None = None
 
     def default_for(self, variant: str) -> Any:
         return dict(self.defaults).get(variant, self.default)
@@ -83,7 +85,7 @@ class Citation:
     url: str
 
     def __str__(self) -> str:
-        return f"{self.authors}. {self.title}. {self.venue}. {self.url}"
+        return f"{self.authors.removesuffix('.')}. {self.title}. {self.venue}. {self.url}"
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,15 @@ class Method:
     def parameter(self, name: str) -> Parameter | None:
         return next((parameter for parameter in self.parameters if parameter.name == name), None)
 
+    def idle(self, given: Iterable[str], value_of: Callable[[str], Any]) -> list[str]:
+        """Parameters that were given though they have no effect beside the others: one sentence each."""
+        chosen = [parameter for parameter in self.parameters if parameter.name in set(given)]
+        return [
+            f"{parameter.name} has no effect with {parameter.when[0]}: {value_of(parameter.when[0])}"
+            for parameter in chosen
+            if parameter.when is not None and value_of(parameter.when[0]) not in parameter.when[1]
+        ]
+
     @property
     def all_parameters(self) -> tuple[Parameter, ...]:
         """The method's own parameters and, where there is a choice, ``variant``."""
@@ -144,6 +155,7 @@ EXCLUDE = Parameter(
 SCOPE = Parameter(
     "scope", "str", "model", "whether order statistics span a tensor or the whole model",
     choices=("model", "tensor"), mergekit=False, defaults=(("mergekit", "tensor"),),
+    when=("variant", ("paper",)),
 )  # fmt: skip
 
 

@@ -453,11 +453,13 @@ CITATION = Citation(
     "https://arxiv.org/abs/2306.01708",
 )  # fmt: skip
 
+_PAPER, _MERGEKIT = ("variant", ("paper",)), ("variant", ("mergekit",))
+
 #: What mergekit's TIES family takes beside ``density``.
 FAMILY = (
     LAMBDA,
-    Parameter("normalize", "bool", True, "mergekit: divide by the weights that agree"),
-    Parameter("rescale", "bool", False, "mergekit: match the L1 norm of the task vector after trimming"),
+    Parameter("normalize", "bool", True, "divide by the weights that agree", when=_MERGEKIT),
+    Parameter("rescale", "bool", False, "match the L1 norm of the task vector after trimming", when=_MERGEKIT),
     INT8_MASK,
 )
 
@@ -466,14 +468,16 @@ PAPER_ONLY = (
     SCOPE,
     EXCLUDE,
     Parameter("trim", "str", "topk", "what to keep: the largest share, above c deviations, a share of the mass",
-              choices=("topk", "std", "nf", "none"), mergekit=False),
-    Parameter("threshold", "float", 0.0, "c of trim: std, share of squared mass of trim: nf", low=0, mergekit=False),
+              choices=("topk", "std", "nf", "none"), mergekit=False, when=_PAPER),
+    Parameter("threshold", "float", 0.0, "c of trim: std, share of squared mass of trim: nf", low=0, mergekit=False,
+              when=("trim", ("std", "nf"))),
     Parameter("rounding", "str", "ge", "rank of the threshold: d - int(d k), or MergeLM's int(d (1 - k))",
-              choices=("ge", "mergelm"), mergekit=False),
+              choices=("ge", "mergelm"), mergekit=False, when=("trim", ("topk",))),
     Parameter("sign", "str", "mass", "how the sign is elected",
-              choices=("mass", "normfrac", "normmass", "oracle", "none"), mergekit=False),
+              choices=("mass", "normfrac", "normmass", "oracle", "none"), mergekit=False, when=_PAPER),
     Parameter("merge_func", "str", "dis-mean", "what becomes of the values",
-              choices=("dis-mean", "dis-sum", "dis-max", "mean", "sum", "median", "magnitude"), mergekit=False),
+              choices=("dis-mean", "dis-sum", "dis-max", "mean", "sum", "median", "magnitude"), mergekit=False,
+              when=_PAPER),
 )  # fmt: skip
 
 METHODS = (
