@@ -73,7 +73,8 @@ def _refuse_later(case: dict[str, Any], folder: Path) -> None:
 
 def _later_reason(message: str) -> str | None:
     if "not executed by this version" in message:
-        return message.splitlines()[0].partition(": ")[2].removesuffix(" is understood but not executed by this version")
+        first = message.splitlines()[0].partition(": ")[2]
+        return first.removesuffix(" is understood but not executed by this version")
     return None
 
 

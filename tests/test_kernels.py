@@ -79,7 +79,9 @@ def same_bits(a: Any, b: Any, dtype: str) -> bool:
     x, y = DTYPES[dtype].as_values(a), DTYPES[dtype].as_values(b)
     with np.errstate(all="ignore"):
         nan = (x != x) & (y != y)
-    return bool(((a == b) if a.dtype.kind == "u" else (a.view(f"u{a.itemsize}") == b.view(f"u{b.itemsize}")))[~nan].all())
+    return bool(
+        ((a == b) if a.dtype.kind == "u" else (a.view(f"u{a.itemsize}") == b.view(f"u{b.itemsize}")))[~nan].all()
+    )
 
 
 def everything(a: Any, b: Any, c: Any, w: Any) -> Any:
@@ -94,7 +96,15 @@ def everything(a: Any, b: Any, c: Any, w: Any) -> Any:
 @pytest.mark.parametrize("backend", ["numpy", "torch"])
 @pytest.mark.parametrize(
     ("code", "out"),
-    [("BF16", "BF16"), ("BF16", "F32"), ("F16", "F16"), ("F32", "BF16"), ("F32", "F32"), ("F64", "F16"), ("F64", "F64")],
+    [
+        ("BF16", "BF16"),
+        ("BF16", "F32"),
+        ("F16", "F16"),
+        ("F32", "BF16"),
+        ("F32", "F32"),
+        ("F64", "F16"),
+        ("F64", "F64"),
+    ],
 )
 def test_compiled_equals_arrays(code: str, out: str, backend: str) -> None:
     rng = np.random.default_rng(1)
@@ -218,7 +228,9 @@ def test_draws_are_the_same_in_every_backend_and_for_every_split() -> None:
 
 def test_kept_share_and_independence() -> None:
     n = 1_000_000
-    masks = [random.words(random.key_of(0, name, i), 0, n) >= random.threshold_of(0.25) for name in "ab" for i in (0, 1)]
+    masks = [
+        random.words(random.key_of(0, name, i), 0, n) >= random.threshold_of(0.25) for name in "ab" for i in (0, 1)
+    ]
     for mask in masks:
         assert abs(mask.mean() - 0.25) < 4 * np.sqrt(0.25 * 0.75 / n)
     for i, first in enumerate(masks):

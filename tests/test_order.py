@@ -41,7 +41,9 @@ def search(values: Any, rank: int, guess: tuple[int, int] | None = None, chunks:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    values=st.lists(st.sampled_from([0.0, -0.0, 1e-45, 0.5, -0.5, 1.0, 3.0, np.inf, 1e-3, -1e-3]), min_size=1, max_size=60),
+    values=st.lists(
+        st.sampled_from([0.0, -0.0, 1e-45, 0.5, -0.5, 1.0, 3.0, np.inf, 1e-3, -1e-3]), min_size=1, max_size=60
+    ),
     data=st.data(),
 )
 def test_any_rank_with_ties_and_any_guess(values: list[float], data: st.DataObject) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
@@ -53,12 +54,13 @@ def parse_json(
     except (ValueError, RecursionError) as error:
         raise InputRejected(f"{where} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
-        raise InputRejected(f"{where} holds a JSON {_kind(content)}, expected an object")
+        raise InputRejected(f"{where} holds {brief(content)}, expected an object")
     return content
 
 
-def _kind(value: Any) -> str:
-    return "list" if isinstance(value, list) else f"value {show(value)}"
+def brief(value: Any) -> str:
+    """A JSON value as messages show it: escaped, on one line, and short however large it is."""
+    return reprlib.repr(value)
 
 
 def _bound(raw: bytes, where: str) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import struct
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path, PurePath
@@ -24,7 +24,7 @@ from .. import storage
 from ..errors import InputRejected, OperationFailed, show
 from ..kernels.dtypes import DTYPES
 from .base import TensorInfo
-from .documents import parse_json
+from .documents import brief, parse_json
 
 MAX_HEADER = 100_000_000
 MAX_TENSORS = 1_000_000
@@ -144,15 +144,16 @@ def parse_header(raw: bytes, data_size: int, file: str) -> Header:
     metadata = _metadata(content.pop("__metadata__", {}), where)
     if len(content) > MAX_TENSORS:
         raise _too_many(where)
-    name_of_file, begin = PurePath(file).name, 8 + len(raw)
+    home, begin = PurePath(file).name, 8 + len(raw)
     tensors = {}
     notices: list[str] = []
     for name, entry in content.items():
-        subject = f"{where}: tensor {show(name)}"
-        fields = _fields(name, entry, subject, notices)
-        dtype, shape = _layout(fields["dtype"], fields["shape"], subject)
-        offset = _offset(fields["data_offsets"], dtype, shape, data_size, subject)
-        tensors[name] = TensorInfo(name, dtype, shape, name_of_file, begin + offset)
+        try:
+            dtype, shape, offset = _checked(name, entry, data_size)
+            notices += (f"{where}: tensor {show(name)}: {oddity}" for oddity in _unknown(entry))
+        except ValueError as error:
+            raise InputRejected(f"{where}: tensor {show(name)} {error}") from error
+        tensors[name] = TensorInfo(name, dtype, shape, home, begin + offset)
     _check_tiling(tensors.values(), begin, data_size, where)
     return Header(tensors, metadata, tuple(notices))
 
@@ -180,10 +181,10 @@ def _no_constant(word: str) -> Any:
 
 def _metadata(value: Any, where: str) -> dict[str, str]:
     if not isinstance(value, dict):
-        raise InputRejected(f"{where}: __metadata__ is {show(value)}, expected an object of strings")
+        raise InputRejected(f"{where}: __metadata__ is {brief(value)}, expected an object of strings")
     for key, text in value.items():
         if not isinstance(text, str):
-            raise InputRejected(f"{where}: __metadata__ maps {show(key)} to {show(text)}, expected a string")
+            raise InputRejected(f"{where}: __metadata__ maps {show(key)} to {brief(text)}, expected a string")
         if not _is_unicode(key + text):
             raise InputRejected(f"{where}: __metadata__ holds half a surrogate pair in {show(key)}")
     return value
@@ -193,18 +194,22 @@ def _is_unicode(text: str) -> bool:
     return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _fields(name: str, entry: Any, subject: str, notices: list[str]) -> dict[str, Any]:
-    """The entry of one tensor, with all its fields there and its name fit to print."""
-    problem = name_problem(name)
-    if problem is not None:
-        raise InputRejected(f"{subject}: the name {problem}")
+# --- one tensor's entry: each function raises ValueError with the end of a sentence about the tensor ----
+
+
+def _checked(name: str, entry: Any, data_size: int) -> tuple[str, tuple[int, ...], int]:
+    """Dtype, shape, and where in the data the tensor begins."""
+    if problem := name_problem(name):
+        raise ValueError(f"has a name that {problem}")
     if not isinstance(entry, dict):
-        raise InputRejected(f"{subject} is {show(entry)}, expected an object")
-    if missing := _FIELDS - entry.keys():
-        raise InputRejected(f"{subject} lacks {', '.join(sorted(missing))}")
-    if len(entry) > len(_FIELDS):
-        notices += _unknown({key: entry[key] for key in entry.keys() - _FIELDS}, subject)
-    return entry
+        raise ValueError(f"is {brief(entry)}, expected an object")
+    if not entry.keys() >= _FIELDS:
+        raise ValueError(f"lacks {', '.join(sorted(_FIELDS - entry.keys()))}")
+    dtype = entry["dtype"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"has the unknown dtype {brief(dtype)}")
+    shape = _shape(entry["shape"])
+    return dtype, shape, _offset(entry["data_offsets"], _nbytes(dtype, shape), data_size)
 
 
 def name_problem(name: str) -> str | None:
@@ -213,52 +218,56 @@ def name_problem(name: str) -> str | None:
         return "is empty"
     if not name.isprintable():
         return "has characters that cannot be printed"
-    if len(name.encode()) > MAX_NAME:
+    if len(name) * 4 > MAX_NAME and len(name.encode()) > MAX_NAME:
         return f"has {len(name.encode())} bytes, at most {MAX_NAME} are accepted"
     return None
 
 
-def _unknown(fields: dict[str, Any], subject: str) -> Iterator[str]:
-    try:
-        json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()
-    except ValueError as error:
-        raise InputRejected(f"{subject} has an unknown field that is not valid JSON: {error}") from error
-    for key in sorted(fields):
-        yield f"{subject}: the unknown field {show(key)} is ignored"
-
-
-def _layout(dtype: Any, shape: Any, subject: str) -> tuple[str, tuple[int, ...]]:
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise InputRejected(f"{subject} has the unknown dtype {show(dtype)}")
-    sizes = _naturals(shape, "shape", subject)
-    if len(sizes) > MAX_RANK:
-        raise InputRejected(f"{subject} has {len(sizes)} dimensions, at most {MAX_RANK} are accepted")
-    if prod(size for size in sizes if size) >= _MAX_COUNT:
-        raise InputRejected(f"{subject} has the shape {show(list(sizes))}, whose product overflows 63 bits")
-    return dtype, sizes
-
-
-def _naturals(value: Any, field: str, subject: str) -> tuple[int, ...]:
+def _naturals(value: Any, field: str) -> tuple[int, ...]:
     if not isinstance(value, list) or not all(type(item) is int and item >= 0 for item in value):
-        raise InputRejected(f"{subject} has {field} {show(value)}, expected a list of whole numbers from 0 on")
+        raise ValueError(f"has {field} {brief(value)}, expected a list of whole numbers from 0 on")
     return tuple(value)
 
 
-def _offset(value: Any, dtype: str, shape: tuple[int, ...], data_size: int, subject: str) -> int:
-    """Where the tensor begins in the data; its length must be what dtype and shape take."""
-    offsets = _naturals(value, "data_offsets", subject)
-    if len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise InputRejected(f"{subject} has data_offsets {show(value)}, expected [begin, end]")
-    begin, end = offsets
-    if end > data_size:
-        raise InputRejected(f"{subject} ends at data byte {end}, the file ends at {data_size}: it is cut short")
+def _shape(value: Any) -> tuple[int, ...]:
+    shape = _naturals(value, "shape")
+    if len(shape) > MAX_RANK:
+        raise ValueError(f"has {len(shape)} dimensions, at most {MAX_RANK} are accepted")
+    if prod(size for size in shape if size) >= _MAX_COUNT:
+        raise ValueError(f"has shape {list(shape)}, whose product overflows 63 bits")
+    return shape
+
+
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     bits = prod(shape) * DTYPES[dtype].bits
     if bits % 8:
-        raise InputRejected(f"{subject} is {dtype} of shape {show(list(shape))}: its {bits} bits fill no whole bytes")
-    if end - begin != bits // 8:
-        found = f"takes {end - begin} bytes, expected {bits // 8}"
-        raise InputRejected(f"{subject} {found} for {dtype} of shape {show(list(shape))}")
+        raise ValueError(f"is {dtype} of shape {list(shape)}: its {bits} bits do not fill whole bytes")
+    return bits // 8
+
+
+def _offset(value: Any, nbytes: int, data_size: int) -> int:
+    offsets = _naturals(value, "data_offsets")
+    if len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"has data_offsets {brief(value)}, expected [begin, end]")
+    begin, end = offsets
+    if end > data_size:
+        raise ValueError(f"ends at data byte {end}, the file's data at {data_size}: the file is cut short")
+    if end - begin != nbytes:
+        raise ValueError(f"takes {end - begin} bytes, expected {nbytes} for its dtype and shape")
     return begin
+
+
+def _unknown(entry: dict[str, Any]) -> Iterable[str]:
+    """A line for every field that the format does not have."""
+    if len(entry) == len(_FIELDS):
+        return ()
+    fields = {key: entry[key] for key in sorted(entry.keys() - _FIELDS)}
+    # What the reference reader would not take for JSON: half a surrogate pair, an overflowing number.
+    json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()
+    return [f"the unknown field {show(key)} is ignored" for key in fields]
+
+
+# --- the tensors of a file together ---------------------------------------------------------------------
 
 
 def _check_tiling(tensors: Iterable[TensorInfo], begin: int, data_size: int, where: str) -> None:

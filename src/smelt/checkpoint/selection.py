@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .. import storage
 from ..errors import InputRejected, show
-from .documents import read_json
+from .documents import brief, read_json
 
 #: What weight files are called, apart from their number; the first is transformers' name.
 STEMS = ("model", "diffusion_pytorch_model", "open_clip_model")
@@ -113,9 +113,9 @@ def read_index(path: Path) -> tuple[list[str], WeightMap]:
     where = storage.shown(path)
     weight_map = read_json(present(path)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InputRejected(f"{where}: weight_map is {show(weight_map)}, expected an object of file names")
+        raise InputRejected(f"{where}: weight_map is {brief(weight_map)}, expected an object of file names")
     problems = (
-        f"{where}: weight_map sends {show(tensor)} to {show(file)}, {problem}"
+        f"{where}: weight_map sends {show(tensor)} to {brief(file)}, {problem}"
         for tensor, file in weight_map.items()
         if (problem := _file_name_problem(file))
     )

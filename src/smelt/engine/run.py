@@ -87,8 +87,11 @@ def _check_before_running(plan: Plan, out: Path) -> list[str]:
 
 
 def _check_backbones(plan: Plan) -> list[str]:
-    """Refuse models of different descent unless forced; returns what is only worth a warning."""
-    if plan.recipe.models is None or (plan.method.max_models == 1 and plan.method.base == "ignored"):
+    """Refuse models of different descent unless forced; returns what is only worth a warning.
+
+    Stacking layers of strangers is what people do on purpose, so with slices it is a warning at most.
+    """
+    if plan.method.max_models == 1 and plan.method.base == "ignored":
         return []
     base = plan.inputs[plan.recipe.base_model] if plan.recipe.base_model is not None else None
     models = [item.checkpoint for item in plan.inputs if item is not base]
