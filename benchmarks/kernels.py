@@ -103,12 +103,13 @@ def rate(timed: Timed, inputs: dict[str, Resident]) -> Rate:
     job, mapper = job_of(timed, inputs), Computing()
 
     def whole() -> None:
-        with Executor(Discard(), mapper, threads=1, budget=256 << 20) as executor:
+        with Executor(Discard(), mapper, threads=1) as executor:
             executor.run([job])
 
     whole()
+    gigabytes = 2 * COUNT * len(job.inputs) / 1e9
     formula = best(lambda: every_tile(mapper.call))
-    return Rate(timed.method, len(job.inputs), job.input_bytes / 1e9 / formula, job.input_bytes / 1e9 / best(whole))
+    return Rate(timed.method, len(job.inputs), gigabytes / formula, gigabytes / best(whole))
 
 
 def every_tile(call: Call) -> None:

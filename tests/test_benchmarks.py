@@ -59,9 +59,7 @@ def test_a_shard_exceeds_the_limit_only_for_one_tensor() -> None:
     shards = models.plan_shards(SIZES["3B"].tensors())
     assert [name for names in shards for name in names] == list(SIZES["3B"].tensors())
     sizes = [sum(2 * int(np.prod(SIZES["3B"].tensors()[name])) for name in names) for names in shards]
-    assert all(
-        size <= models.SHARD_BYTES or len(names) == 1 for size, names in zip(sizes, shards, strict=True)
-    )
+    assert all(size <= models.SHARD_BYTES or len(names) == 1 for size, names in zip(sizes, shards, strict=True))
 
 
 def test_models_are_the_same_bytes_every_time(base: Path, tmp_path: Path) -> None:
@@ -129,13 +127,8 @@ def test_entrants_alternate_and_mergekit_can_sit_out() -> None:
 
 
 def session(*walls: tuple[str, int, float]) -> Session:
-    runs = [
-        Run("0.5B", "ties", "warm", who, number, 1.0, wall, wall, 10**8, 10**8, 0.0)
-        for who, number, wall in walls
-    ]
-    return Session(
-        "python -m benchmarks.run", machine(Path.cwd()), {"smelt": "0"}, runs, [Rate("ties", 4, 7.0, 3.0)]
-    )
+    runs = [Run("0.5B", "ties", "warm", who, number, 1.0, wall, wall, 10**8, 10**8, 0.0) for who, number, wall in walls]
+    return Session("python -m benchmarks.run", machine(Path.cwd()), {"smelt": "0"}, runs, [Rate("ties", 4, 7.0, 3.0)])
 
 
 def test_ratios_are_taken_within_a_round() -> None:

@@ -17,7 +17,7 @@ from random import Random
 PASSAGE_CHARACTERS = 360  # fills a context of 128 tokens with code, and most of it with prose
 LINES_PER_PASSAGE = 8
 DOCUMENT_CHARACTERS = 10_000
-WORDS = r"\s*\S+"
+EVERY_TOKEN = r"(?s)."
 ROMAN_SYMBOLS = {
     **{1000: "M", 900: "CM", 500: "D", 400: "CD", 100: "C", 90: "XC"},
     **{50: "L", 40: "XL", 10: "X", 9: "IX", 5: "V", 4: "IV", 1: "I"},
@@ -66,7 +66,7 @@ def text_domain(
         elif room > 0:
             train.append(text[: min(room, DOCUMENT_CHARACTERS)])
             room -= len(train[-1])
-    return Domain(name, title, "\n".join(train), spread(held_out, passages), re.compile(WORDS))
+    return Domain(name, title, "\n".join(train), spread(held_out, passages), re.compile(EVERY_TOKEN))
 
 
 def exercise_domain(

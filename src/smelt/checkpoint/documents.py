@@ -22,7 +22,7 @@ MAX_DEPTH = 64
 
 #: How often a document may hold these marks (those within strings count too): a header of a million
 #: tensors keeps below. Every value costs memory, an object or a key most.
-_MAX_MARKS = {b",": 10_000_000, b":": 5_000_000, b"[": 2_500_000, b"{": 1_500_000}
+_MAX_MARKS = {b",": 10_000_000, b":": 4_400_000, b"[": 2_500_000, b"{": 1_500_000}
 
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
@@ -51,8 +51,10 @@ def parse_json(
         content = json.loads(text, object_pairs_hook=_unique, parse_int=parse_int, parse_constant=parse_constant)
     except UnicodeDecodeError as error:
         raise InputRejected(f"{where} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-    except (ValueError, RecursionError) as error:
+    except json.JSONDecodeError as error:
         raise InputRejected(f"{where} is not valid JSON: {error}") from error
+    except ValueError as error:
+        raise InputRejected(f"{where}: {error}") from error
     if not isinstance(content, dict):
         raise InputRejected(f"{where} holds {brief(content)}, expected an object")
     return content
@@ -60,7 +62,7 @@ def parse_json(
 
 def brief(value: Any) -> str:
     """A JSON value as messages show it: escaped, on one line, and short however large it is."""
-    return reprlib.repr(value)
+    return show(value) if isinstance(value, str) else reprlib.repr(value)
 
 
 def _bound(raw: bytes, where: str) -> None:

@@ -106,7 +106,7 @@ def _read_header(descriptor: int, path: Path, size: int) -> bytes:
     length = struct.unpack("<Q", head[:8])[0] if size >= 8 else 0
     problem = _length_problem(length, size)
     if problem is None and head[8:9] != b"{":
-        problem = f"has a header that begins with {show(bytes(head[8:9]))}, expected '{{'"
+        problem = f"has a header that begins with {bytes(head[8:9])!r}, expected '{{'"
     if problem is not None:
         raise InputRejected(f"{storage.shown(path)} {_impostor(bytes(head)) or problem}")
     raw = bytearray(length)
@@ -164,7 +164,7 @@ def _too_many(where: str) -> InputRejected:
 
 def _load(raw: bytes, where: str) -> dict[str, Any]:
     if not raw.startswith(b"{"):
-        raise InputRejected(f"{where}: the header begins with {show(raw[:1])}, expected '{{'")
+        raise InputRejected(f"{where}: the header begins with {raw[:1]!r}, expected '{{'")
     if raw.count(b'"data_offsets"') > MAX_TENSORS:  # before a million objects are made
         raise _too_many(where)
     return parse_json(raw, f"{where}: the header", parse_int=_integer, parse_constant=_no_constant)
@@ -200,7 +200,7 @@ def _is_unicode(text: str) -> bool:
 def _checked(name: str, entry: Any, data_size: int) -> tuple[str, tuple[int, ...], int]:
     """Dtype, shape, and where in the data the tensor begins."""
     if problem := name_problem(name):
-        raise ValueError(f"has a name that {problem}")
+        raise ValueError(f"has a bad name: it {problem}")
     if not isinstance(entry, dict):
         raise ValueError(f"is {brief(entry)}, expected an object")
     if not entry.keys() >= _FIELDS:
@@ -217,7 +217,7 @@ def name_problem(name: str) -> str | None:
     if not name:
         return "is empty"
     if not name.isprintable():
-        return "has characters that cannot be printed"
+        return "holds characters that cannot be printed"
     if len(name) * 4 > MAX_NAME and len(name.encode()) > MAX_NAME:
         return f"has {len(name.encode())} bytes, at most {MAX_NAME} are accepted"
     return None
@@ -262,8 +262,10 @@ def _unknown(entry: dict[str, Any]) -> Iterable[str]:
     if len(entry) == len(_FIELDS):
         return ()
     fields = {key: entry[key] for key in sorted(entry.keys() - _FIELDS)}
-    # What the reference reader would not take for JSON: half a surrogate pair, an overflowing number.
-    json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()
+    try:  # half a surrogate pair, or a number that overflows, is no JSON to the reference reader
+        json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError as error:
+        raise ValueError(f"has an unknown field that is not valid JSON: {error}") from error
     return [f"the unknown field {show(key)} is ignored" for key in fields]
 
 

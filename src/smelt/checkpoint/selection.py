@@ -53,7 +53,9 @@ def choose(folder: Path) -> tuple[list[str], WeightMap | None]:
     if len(weights) == len(numbered):
         return _complete_set(folder, numbered), None
     if len(weights) > 1:
-        raise InputRejected(f"{storage.shown(folder)} holds {_several(weights)}: {_choice(folder, weights[0])}")
+        raise InputRejected(
+            f"{storage.shown(folder)} holds {_several(weights)}: {_choice(folder, single or weights[0])}"
+        )
     return weights, None
 
 

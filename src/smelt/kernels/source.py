@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -43,12 +44,17 @@ class Source:
     constants: dict[str, float] = field(hash=False)
 
 
+#: Some CPython releases (3.11.7 is one) raise SystemError when two threads are in ast.parse at once.
+_PARSING = threading.Lock()
+
+
 @cache
 def source_of(formula: Formula) -> Source:
     """The pinned source of ``formula`` and of the formulas it calls. TypeError when it is not one."""
     constants: dict[str, float] = {}
     done: dict[str, str] = {}
-    _collect(formula, constants, done)
+    with _PARSING:
+        _collect(formula, constants, done)
     return Source(formula.__name__, "\n\n".join(done.values()), constants)
 
 

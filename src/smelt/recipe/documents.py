@@ -130,7 +130,7 @@ class _FromYaml(_Builder):
                 value = None
         if is_number(value) and is_finite(value) and number_in(node.value) != value:
             self.report.note(position, f"{show(node.value)} is read as the number {value}, as YAML 1.1 has it")
-        return Leaf(position, value, node.value, plain=node.style is None)
+        return Leaf(position, value, node.value, plain=not node.style)
 
     def entries(self, mapping: yaml.MappingNode, depth: int, path: str) -> tuple[dict[str, Node], dict[str, Position]]:
         """The own entries of a mapping and, below them, what ``<<`` merges in."""

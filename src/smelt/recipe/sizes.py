@@ -15,10 +15,10 @@ _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,6})?)\s*([A-Za-z]*)")
 
 
 def parse_size(size: str | int) -> int:
-    """Bytes: 5000, "5GB" (10^9), "512 MiB" (2^20), "1.5GiB". UsageError for anything else, or below 1."""
+    """Bytes: 5000, "5GB" (10^9), "512 MiB" (2^20), "1.5GiB". UsageError for anything else, or less than one byte."""
     match = _SIZE.fullmatch(str(size).strip())
     factor = _FACTORS.get(match[2].upper(), 0) if match else 0
-    amount = int(Decimal(match[1]) * factor) if match else 0
-    if amount < 1:
+    amount = Decimal(match[1]) * factor if match else Decimal(0)
+    if amount < 1 or amount % 1:
         raise UsageError(f"{show(size)} is not a size: write a number of bytes, or for example 5GB or 512MiB")
-    return amount
+    return int(amount)
