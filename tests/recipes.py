@@ -64,7 +64,10 @@ def save_shards(folder: Path, parts: Sequence[Arrays], config: Mapping[str, Any]
     for name, part in zip(names, parts, strict=True):
         save_file(part, folder / name, {"format": "pt"})
     weight_map = {tensor: name for name, part in zip(names, parts, strict=True) for tensor in part}
-    index = {"metadata": {"total_size": sum(a.nbytes for part in parts for a in part.values())}, "weight_map": weight_map}
+    index = {
+        "metadata": {"total_size": sum(a.nbytes for part in parts for a in part.values())},
+        "weight_map": weight_map,
+    }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(config))
     return str(folder)

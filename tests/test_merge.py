@@ -23,10 +23,13 @@ def normal(shape: tuple[int, ...], seed: int, dtype: Any = np.float32) -> Any:
     return np.asarray(np.random.default_rng(seed).standard_normal(shape)).astype(dtype)
 
 
-def trio(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: Any = np.float32) -> tuple[list[str], list[Arrays]]:
+def trio(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: Any = np.float32
+) -> tuple[list[str], list[Arrays]]:
     """A base and two fine-tunes with tensors of these shapes: paths and values."""
     base = {name: normal(shape, 0) for name, shape in shapes.items()}
-    arrays = [{n: a.astype(dtype) for n, a in m.items()} for m in (base, fine_tuned(base, 1, 0.1), fine_tuned(base, 2, 0.1))]
+    models = (base, fine_tuned(base, 1, 0.1), fine_tuned(base, 2, 0.1))
+    arrays = [{n: np.asarray(a, dtype) for n, a in model.items()} for model in models]
     return [save(folder / name, model, config={}) for name, model in zip("bxy", arrays, strict=True)], arrays
 
 
@@ -83,7 +86,7 @@ def test_threads_memory_and_shards_do_not_change_a_bit(name: str, large: list[st
     assert all(content == contents[0] for content in contents[1:])
     whole = [{path.name: path.read_bytes() for path in out.iterdir()} for out in outs]
     assert whole[0] == whole[1] == whole[2] == whole[3]
-    assert [len(list(out.glob("*.safetensors"))) for out in outs] == [1, 1, 1, 1, 2, 4]
+    assert [len(list(out.glob("*.safetensors"))) for out in outs] == [1, 1, 1, 1, 2, 5]
 
 
 def test_the_seed_names_the_draws(family: Family, tmp_path: Path) -> None:
@@ -145,7 +148,7 @@ TYPES = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32, "F64"
     ],
 )
 def test_types_mix_and_results_round_once(
-    first: str, second: str, options: dict[str, str], wanted: str, tmp_path: Path
+    first: str, second: str, options: dict[str, Any], wanted: str, tmp_path: Path
 ) -> None:
     a = normal((50, 3), 1).astype(TYPES[first])
     b = normal((50, 3), 2).astype(TYPES[second])
@@ -255,7 +258,9 @@ def test_a_bad_value_names_model_and_tensor(name: str, value: float, family: Fam
     method = name.partition(" ")[0]
     more = {"parameters": {"variant": "paper"}} if name == "ties" else {}
     tree = recipe(method, models, None if method == "linear" else family.base, **SUMS[name], **more)
-    with pytest.raises(OperationFailed, match=rf"poisoned: tensor '{POISONED}' holds 1 NaN or Inf.* element 130") as told:
+    with pytest.raises(
+        OperationFailed, match=rf"poisoned: tensor '{POISONED}' holds 1 NaN or Inf.* element 130"
+    ) as told:
         smelt.merge(tree, tmp_path / "out")
     assert told.value.exit_code == 1
     assert nothing_left(tmp_path / "out")
@@ -363,7 +368,7 @@ def test_progress_adds_up(method: str, family: Family, tmp_path: Path) -> None:
     assert watcher.events[0][1] == total
     assert all(nbytes >= 0 for _, nbytes in watcher.events)
     moved = sum(nbytes for kind, nbytes in watcher.events if kind == "advance")
-    assert 0.5 * total < moved <= total * 1.0001
+    assert moved == total if method == "linear" else 0 < moved <= total
     assert artifact.bytes_written == sum(array.nbytes for array in values(artifact.path).values())
 
 

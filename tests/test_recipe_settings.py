@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 
 from smelt.errors import UsageError
 from smelt.recipe import (
-    Recipe, Setting, convert, depth_in_slice, levels, parse, parse_mapping, parse_size, resolve_parameter,
+    Recipe,
+    Setting,
+    convert,
+    depth_in_slice,
+    levels,
+    parse,
+    parse_mapping,
+    parse_size,
+    resolve_parameter,
 )  # fmt: skip
 
 NAMES = (

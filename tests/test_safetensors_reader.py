@@ -63,7 +63,7 @@ values = st.recursive(
 )
 snippets = st.sampled_from(
     ["", " ", "\n", "\t", "\0", "0", "-0", "-", "1", "1e0", ".0", "[", "]", "{", "}", ",", ":", '"', "\\", "\\ud800",
-     "\\ud83d\\ude00", '"a"', '"a":1,', "null", "true", "NaN", "1e999", "9" * 30, '"__metadata__":{},', '"F32"', "é", "😀"]
+     "\\ud83d\\ude00", '"a"', '"a":1,', "null", "true", "NaN", "1e999", "9" * 30, '"__metadata__":{},', '"F32"', "é"]
 )  # fmt: skip
 
 
@@ -71,20 +71,21 @@ snippets = st.sampled_from(
 def damaged(draw: st.DrawFn) -> bytes:
     """A valid file in which an entry, some text, some bytes or the data's length were changed, or nothing."""
     header, size = laid_out(draw(tensors))
-    if header and draw(st.booleans()):
+    if header and draw(st.integers(0, 3)) == 0:
         victim = draw(st.sampled_from(sorted(header)))
         field = draw(st.sampled_from(["dtype", "shape", "data_offsets", "extra"]))
         header[victim][field] = draw(values)
     if draw(st.booleans()):
-        header["__metadata__"] = draw(st.dictionaries(st.text(max_size=3), st.text(max_size=3), max_size=2) | values)
+        strings = st.dictionaries(st.text(max_size=3), st.text(max_size=3), max_size=2)
+        header["__metadata__"] = draw(st.one_of(strings, strings, values))
     text = json.dumps(header, ensure_ascii=draw(st.booleans()))
-    for _ in range(draw(st.integers(0, 2))):
+    for _ in range(draw(st.sampled_from([0, 0, 1, 2]))):
         at = draw(st.integers(0, len(text)))
         text = text[:at] + draw(snippets) + text[at + draw(st.integers(0, 3)) :]
     raw = bytearray(text.encode("utf-8", "surrogatepass"))
-    if raw and draw(st.integers(0, 4)) == 0:
+    if raw and draw(st.integers(0, 9)) == 0:
         raw[draw(st.integers(0, len(raw) - 1))] = draw(st.integers(0, 255))
-    return packed(bytes(raw), bytes(max(0, size + draw(st.sampled_from([0, 0, 0, -1, 1, 8])))))
+    return packed(bytes(raw), bytes(max(0, size + draw(st.sampled_from([0] * 7 + [-1, 1, 8])))))
 
 
 def ours(path: Path) -> dict[str, tuple[str, list[int], bytes]] | None:

@@ -13,6 +13,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container
+from functools import lru_cache
+
+#: No family has longer names; the time that a pattern takes grows with the square of the length.
+_LONGEST = 256
+
+#: Layers and experts differ by their number only, so that one answer serves all. A number right before the
+#: last part may stand for a module, and is kept.
+_INNER_INDEX = re.compile(r"\.\d+(?=\.[^.]+\.)")
 
 _SUFFIX = re.compile(r"\.(weight|bias|gamma|beta)$|(?<=proj)_(weight|bias)$")
 
@@ -94,8 +102,13 @@ def role_of(name: str, stored: Container[str] = ()) -> str:
     ``stored`` are the names beside it: ``attn.bias`` is a causal mask (a buffer) where there is no
     ``attn.weight``, and a bias otherwise.
     """
-    if re.search(r"(attn|attention)\.bias$", name) and name.removesuffix("bias") + "weight" not in stored:
+    if re.search(r"(^|\.)(attn|attention)\.bias$", name) and name.removesuffix("bias") + "weight" not in stored:
         return "buffer"
+    return "other" if len(name) > _LONGEST else _role(_INNER_INDEX.sub(".0", name))
+
+
+@lru_cache(maxsize=1 << 14)
+def _role(name: str) -> str:
     path = _SUFFIX.sub("", name)
     by_name = next((role for role, pattern in _RULES if pattern.search(path)), None)
     return by_name or _part_of_block(path) or "other"

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import OperationFailed
 from ..kernels.arrays import apply
 from ..kernels.compile import precision_of
 from ..kernels.launch import run_count, run_equal, run_magnitudes, run_sums
@@ -53,7 +52,10 @@ _SAMPLE = 1 << 16
 
 
 class RankReducer:
-    """Exact k-th smallest magnitude: a sampling pass, then counting passes (:mod:`smelt.kernels.order`)."""
+    """Exact k-th smallest magnitude: a sampling pass, then counting passes (:mod:`smelt.kernels.order`).
+
+    A NaN is no error here: the pass that makes the output finds it, and says in which tensor of which model.
+    """
 
     def __init__(self, request: Rank) -> None:
         self.calls = request.calls
@@ -71,9 +73,7 @@ class RankReducer:
             count = min(self._run, tile.count)
             return run_magnitudes(call, tile.window(count), tile.start, count)
         search = self._search
-        below, nan = run_count(call, tile, tile.start, tile.count, search.low, search.width, self._counters())
-        if nan:
-            raise OperationFailed("NaN found while ranking magnitudes")
+        below, _ = run_count(call, tile, tile.start, tile.count, search.low, search.width, self._counters())
         return below
 
     def _counters(self) -> npt.NDArray[np.uint32]:
@@ -92,7 +92,7 @@ class RankReducer:
         counts = np.add.reduce(list(self._counts.values()), dtype=np.int64 if self._population >> 32 else np.uint32)
         self._counts.clear()
         self.done = self._search.absorb(sum(below for _, below in partials), counts)
-        self.result = self._search.value
+        self.result = self._found()
 
     def _start(self, sample: npt.NDArray[Any]) -> None:
         """A sample that is the whole answers at once; any other sets the first window."""
@@ -102,9 +102,12 @@ class RankReducer:
             return
         rank = self._search.rank - 1
         self._search.low = int(np.partition(sample, rank)[rank])
-        self.result, self.done = self._search.value, True
-        if math.isnan(self.result):
-            raise OperationFailed("NaN found while ranking magnitudes")
+        self.result, self.done = self._found(), True
+
+    def _found(self) -> float:
+        """The magnitude. NaN ranks above all numbers, and as a bar would keep nothing, as infinity does."""
+        value = self._search.value
+        return math.inf if math.isnan(value) else value
 
 
 def _bits(call: Call) -> int:
@@ -177,7 +180,10 @@ class CutReducer:
             self.result = next(part for _, part in partials if part is not None)
             self.done = True
             return
-        quota = self._keep - sum(above for _, (above, _) in partials)
+        quota = max(0, self._keep - sum(above for _, (above, _) in partials))
+        if not quota:
+            self.result, self.done = 0, True
+            return
         self.done = quota >= sum(equal for _, (_, equal) in partials)
         for index, (_, equal) in partials:
             if quota <= equal:

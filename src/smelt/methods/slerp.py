@@ -9,7 +9,7 @@ With a, b the flattened tensors and c the cosine between them:
 
 The vectors themselves are combined, not their directions, so the norm is not interpolated linearly. Fine-tunes
 of one base nearly always lie above the threshold, where slerp is linear interpolation. A norm of at most
-``eps`` counts as 1; if one is exactly zero the interpolation is linear.
+``eps`` counts as 1; if one is exactly zero, or the vectors are exactly parallel, the interpolation is linear.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def coefficients(gram: list[list[float]], t: float, threshold: float, eps: float
         return 1 - t, t
     a, b = (norm if norm > eps else 1.0 for norm in norms)
     cosine = max(-1.0, min(1.0, gram[0][1] / (a * b)))
-    if abs(cosine) > threshold:
+    if abs(cosine) > threshold or abs(cosine) == 1.0:
         return 1 - t, t
     angle = acos(cosine)
     return sin((1 - t) * angle) / sin(angle), sin(t * angle) / sin(angle)
