@@ -143,7 +143,7 @@ def _bound(value: Any, arrays: Any, start: int, first: int, last: int, call: Cal
 def _tensor(value: Any, arrays: Any, start: int, first: int, last: int, call: Call, device: str) -> Any:
     import torch
 
-    from ..kernels.compile import precision_of
+    from ..kernels.generate import precision_of
 
     if isinstance(value, Draw):
         like = torch.empty(0, device=device)

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..kernels.arrays import apply
-from ..kernels.compile import precision_of
+from ..kernels.generate import precision_of
 from ..kernels.launch import run_count, run_equal, run_magnitudes, run_sums
 from ..kernels.order import RankSearch, bits_of
 from ..kernels.program import Call, Cut, Draw, Gram, Mask, Rank, Request, Step, Totals

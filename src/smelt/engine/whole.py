@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from ..errors import OperationFailed, show
 from ..kernels import random
-from ..kernels.compile import precision_of
+from ..kernels.generate import precision_of
 from ..kernels.dtypes import DTYPES, narrowed
 from ..kernels.program import Draw, Mask, Operand, Whole
 from .device import nonfinite

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .compile import kernel_for, precision_of
+from .compile import kernel_for
 from .dtypes import DTYPES
+from .generate import magnitude_of, precision_of
 from .program import SUM_BLOCK, Call, Draw, Mask, Operand, Step
 
 #: Gives the part of an operand that the tile covers, as stored.
@@ -27,7 +28,7 @@ def run_map(call: Call, dtype: str, arrays: Arrays, start: int, out: npt.NDArray
     kernel = kernel_for("map", call, dtype)
     flags = 0
     for first, last in pieces(call, start, len(out)):
-        flags |= kernel(start + first, out[first:last], *_bind(call, arrays, start, first, last))
+        flags |= kernel(start + first, out[first:last], *_bind(call, arrays, start, first, last))[0]
     return flags
 
 
@@ -36,12 +37,11 @@ def run_count(
 ) -> tuple[int, bool]:
     """Add the magnitudes of one tile to ``counts``; returns (how many lie below ``low``, NaN seen)."""
     kernel = kernel_for("count", call)
-    magnitude = _magnitude_type(call)
     below, nan = 0, False
     for first, last in pieces(call, start, count):
         bound = _bind(call, arrays, start, first, last)
-        more, bad = kernel(start + first, last - first, magnitude(low), magnitude(width), counts, *bound)
-        below, nan = below + more, nan or bad
+        more, bad = kernel(start + first, last - first, low, width, counts, *bound)
+        below, nan = below + more, nan or bool(bad)
     return below, nan
 
 
@@ -49,21 +49,16 @@ def run_equal(call: Call, arrays: Arrays, start: int, count: int, wanted: int) -
     """How many magnitudes of the tile lie above the bits ``wanted``, and how many have exactly these."""
     kernel = kernel_for("equal", call)
     counts = [
-        kernel(start + first, last - first, _magnitude_type(call)(wanted), *_bind(call, arrays, start, first, last))
+        kernel(start + first, last - first, wanted, *_bind(call, arrays, start, first, last))
         for first, last in pieces(call, start, count)
     ]
     return sum(above for above, _ in counts), sum(equal for _, equal in counts)
 
 
-def _magnitude_type(call: Call) -> type[np.unsignedinteger[Any]]:
-    """The unsigned integer that holds the bits of a magnitude."""
-    return np.uint64 if precision_of(call) == "float64" else np.uint32
-
-
 def run_magnitudes(call: Call, arrays: Arrays, start: int, count: int) -> npt.NDArray[Any]:
     """The bits of |value| for each element of the tile, as unsigned integers."""
     kernel = kernel_for("sample", call)
-    out = np.empty(count, _magnitude_type(call))
+    out = np.empty(count, magnitude_of(precision_of(call)))
     for first, last in pieces(call, start, count):
         kernel(start + first, out[first:last], *_bind(call, arrays, start, first, last))
     return out
@@ -78,10 +73,10 @@ def run_sums(call: Call, arrays: Arrays, start: int, count: int, width: int, pro
     columns = width * (width + 1) // 2 if products else width
     parts = []
     for first, last in pieces(call, start, count):
-        partials = np.empty((-(-(last - first) // SUM_BLOCK), columns))
+        partials = np.empty(-(-(last - first) // SUM_BLOCK) * columns)
         bound = _bind(call, arrays, start, first, last)
-        kernel(start + first, last - first, products, partials, *bound)
-        parts.append(partials)
+        kernel(start + first, last - first, int(products), partials, *bound)
+        parts.append(partials.reshape(-1, columns))
     return np.concatenate(parts)
 
 
@@ -93,25 +88,24 @@ def pieces(call: Call, start: int, count: int) -> Iterator[tuple[int, int]]:
 
 
 def _bind(call: Call, arrays: Arrays, start: int, first: int, last: int) -> list[Any]:
-    """The generated parameters, in order, for elements first .. last of the tile."""
-    precision = np.dtype(precision_of(call)).type
+    """The formula's generated parameters, in order, for elements first .. last of the tile."""
     bound: list[Any] = []
     for value in call.arguments.values():
         if isinstance(value, tuple) and _is_value(value[0]):
-            bound.append(tuple(precision(_at(item, start + first)) for item in value))
-            continue
-        for item in value if isinstance(value, tuple) else (value,):
-            bound.extend(_bind_one(item, arrays, start, first, last, precision))
+            bound.append([_at(item, start + first) for item in value])
+        else:
+            for item in value if isinstance(value, tuple) else (value,):
+                bound.extend(_bind_one(item, arrays, start, first, last))
     return bound
 
 
-def _bind_one(item: Any, arrays: Arrays, start: int, first: int, last: int, precision: Any) -> list[Any]:
+def _bind_one(item: Any, arrays: Arrays, start: int, first: int, last: int) -> list[Any]:
     if isinstance(item, bool):
         return []
     if _is_value(item):
-        return [precision(_at(item, start + first))]
+        return [_at(item, start + first)]
     if isinstance(item, Draw):
-        return [(np.uint32(item.key[0]), np.uint32(item.key[1]), np.uint32(item.threshold))]
+        return [(*item.key, item.threshold)]
     return [arrays(item.operand if isinstance(item, Mask) else item)[first:last]]
 
 

@@ -13,7 +13,11 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-_FAST = {"nogil": True, "error_model": "numpy", "boundscheck": False}
+#: How everything here is compiled: no reference counts, no bounds checks, division by zero as IEEE 754 has it;
+#: no fast-math and no contraction, so that the bits are those of numpy and torch.
+FAST = {
+    "error_model": "numpy", "boundscheck": False, "_nrt": False, "no_cpython_wrapper": True, "no_cfunc_wrapper": True,
+}  # fmt: skip
 
 _16, _13, _1 = np.uint32(16), np.uint32(13), np.uint32(1)
 _HALF_SIGN, _MAGNITUDE = np.uint32(0x8000), np.uint32(0x7FFFFFFF)
@@ -46,22 +50,22 @@ float64_of = _cast(types.uint64, types.float64, ir.DoubleType())
 bits64_of = _cast(types.float64, types.uint64, ir.IntType(64))
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def where(condition: Any, yes: Any, no: Any) -> Any:
     return yes if condition else no
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def sqrt(x: Any) -> Any:
     return np.sqrt(x)
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def load_BF16(bits: Any) -> Any:  # noqa: N802
     return float32_of(np.uint32(bits) << _16)
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def load_F16(bits: Any) -> Any:  # noqa: N802
     """Shift the exponent and mantissa into place, then scale by 2^112: exact, subnormals included."""
     magnitude = (np.uint32(bits) & np.uint32(0x7FFF)) << _13
@@ -71,29 +75,29 @@ def load_F16(bits: Any) -> Any:  # noqa: N802
     return float32_of(out | ((np.uint32(bits) & _HALF_SIGN) << _16))
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def load_F32(value: Any) -> Any:  # noqa: N802
     return value
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def load_F64(value: Any) -> Any:  # noqa: N802
     return value
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def store_F64(x: Any) -> Any:  # noqa: N802
     value = np.float64(x)
     return value if value == value else float64_of(_NAN64)
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def store_F32(x: Any) -> Any:  # noqa: N802
     value = np.float32(x)
     return value if value == value else float32_of(_NAN32)
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def store_BF16(x: Any) -> Any:  # noqa: N802
     value = np.float32(x)
     bits = bits32_of(value)
@@ -101,7 +105,7 @@ def store_BF16(x: Any) -> Any:  # noqa: N802
     return np.uint16(rounded if value == value else np.uint32(0x7FC0))
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def store_F16(x: Any) -> Any:  # noqa: N802
     """Three ranges: normal (integer rounding), subnormal (rounded by adding 0.5), overflow and Inf."""
     value = np.float32(x)
@@ -115,12 +119,12 @@ def store_F16(x: Any) -> Any:  # noqa: N802
     return np.uint16(signed if value == value else np.uint32(0x7E00))
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def narrow_float32(x: Any) -> Any:
     return x
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def narrow_float64(x: Any) -> Any:
     """float64 to float32 rounded to odd, so that the next rounding to 16 bits is the only one that counts."""
     near = np.float32(x)
@@ -130,33 +134,33 @@ def narrow_float64(x: Any) -> Any:
     return odd if (np.float64(near) != x and x == x) else near
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def magnitude_float32(x: Any) -> Any:
     """The bits of |x|: their unsigned order is the order of the magnitudes."""
     return np.uint32(bits32_of(x) & _MAGNITUDE)
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def magnitude_float64(x: Any) -> Any:
     return bits64_of(x) & _MAGNITUDE64
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def nonfinite_BF16(bits: Any) -> Any:  # noqa: N802
     return (bits & np.uint16(0x7F80)) == np.uint16(0x7F80)
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def nonfinite_F16(bits: Any) -> Any:  # noqa: N802
     return (bits & np.uint16(0x7C00)) == np.uint16(0x7C00)
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def nonfinite_F32(value: Any) -> Any:  # noqa: N802
     return (bits32_of(value) & _EXPONENT32) == _EXPONENT32
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def nonfinite_F64(value: Any) -> Any:  # noqa: N802
     return (bits64_of(value) & _EXPONENT64) == _EXPONENT64
 
@@ -166,7 +170,7 @@ _W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 _LOW, _32, _8 = np.uint64(0xFFFFFFFF), np.uint64(32), np.uint64(8)
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def _two_rounds(x: Any, k0: Any, k1: Any) -> Any:
     """Two Philox rounds; the words are 32 bits wide but held in 64, which is how vector units multiply."""
     p0, p1 = _M0 * (x[0] & _LOW), _M1 * (x[2] & _LOW)
@@ -176,12 +180,12 @@ def _two_rounds(x: Any, k0: Any, k1: Any) -> Any:
     return ((p1 >> _32) ^ y[1] ^ k0, p1 & _LOW, (p0 >> _32) ^ y[3] ^ k1, p0 & _LOW)
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def _key(key: Any, step: Any, rounds: Any) -> Any:
     return (np.uint64(key) + np.uint64(rounds) * step) & _LOW
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def philox_block(key0: Any, key1: Any, block: Any, words: Any) -> None:
     """Fill ``words`` (1024 uint32) with block number ``block`` of the stream (key0, key1).
 

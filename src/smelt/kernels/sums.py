@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-_FAST = {"nogil": True, "error_model": "numpy", "boundscheck": False}
+from .scalars import FAST
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def total(x: Any) -> Any:
     """The sum of a row of numbers."""
     s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = 0.0
@@ -36,7 +36,7 @@ def total(x: Any) -> Any:
     return ((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7)) + rest
 
 
-@njit(**_FAST)
+@njit(**FAST)
 def dot(x: Any, y: Any) -> Any:
     """The dot product of two rows; products of float32 are exact in fp64."""
     s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = 0.0
