@@ -16,6 +16,7 @@ import smelt
 from smelt.checkpoint import FileIdentity, TensorInfo
 
 from .attacks import FILE, INDEX, ONE, TWO, entry, good, holding, indexed, packed, put
+from .test_safetensors_reader import values
 
 BOTH = {"a": ONE, "b": TWO}
 SHARDS = {ONE: good("a"), TWO: good("b")}
@@ -74,7 +75,7 @@ def test_of_two_rivals_a_path_chooses(tmp_path: Path, chosen: str, names: list[s
 def test_one_shard_of_many_is_said(tmp_path: Path) -> None:
     with smelt.load(holding(SHARDS)(tmp_path) / ONE) as checkpoint:
         assert list(checkpoint) == ["a"]
-        assert "one of '00002' shards" in checkpoint.notices[0]
+        assert checkpoint.notices == [f"'{ONE}' is one of 2 shards: the tensors of the others are not read"]
 
 
 def test_more_shards_than_the_soft_limit_of_open_files(tmp_path: Path) -> None:
@@ -108,6 +109,22 @@ def test_a_flood_of_problems_is_cut(tmp_path: Path) -> None:
     assert len(caught.value.problems) == 21
 
 
+@given(
+    st.one_of(values, st.builds(lambda value: {"weight_map": value}, values)), st.sampled_from([INDEX, "config.json"])
+)
+def test_any_json_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, value: object, name: str) -> None:
+    folder = tmp_path_factory.mktemp("json")
+    holding({FILE: good("a"), name: json.dumps(value).encode()})(folder)
+    try:
+        with smelt.load(folder) as checkpoint:
+            assert name == "config.json"
+            assert isinstance(value, dict)
+            assert checkpoint.config.keys() == value.keys()
+    except smelt.InputRejected as error:
+        assert name in str(error)
+        assert str(error).isprintable()
+
+
 # --- what is read with them -----------------------------------------------------------------------------
 
 
@@ -139,9 +156,7 @@ def test_a_file_among_others_has_no_side_files(tmp_path: Path) -> None:
 def test_unknown_fields_become_notices(tmp_path: Path) -> None:
     put(tmp_path, packed({"w": {**entry(), "colour": "red"}}, bytes(8)))
     with smelt.load(tmp_path) as checkpoint:
-        assert [notice.split(": ", 1)[1] for notice in checkpoint.notices] == [
-            "tensor 'w': the unknown field 'colour' is ignored"
-        ]
+        assert checkpoint.notices == [f"'{FILE}': tensor 'w': the unknown field 'colour' is ignored"]
 
 
 def test_files_are_identified(tmp_path: Path) -> None:

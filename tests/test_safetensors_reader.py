@@ -146,7 +146,7 @@ def test_padding_behind_the_header_is_no_error(padding: str) -> None:
 def test_unknown_fields_are_noticed() -> None:
     header = parse_header(json.dumps({"w": {**entry(), "colour": "red"}}).encode(), 8, "models/f.safetensors")
     assert set(header.tensors) == {"w"}
-    assert header.notices == ("'models/f.safetensors': tensor 'w': the unknown field 'colour' is ignored",)
+    assert header.notices == ("'f.safetensors': tensor 'w': the unknown field 'colour' is ignored",)
     assert header.tensors["w"].file == "f.safetensors"
 
 

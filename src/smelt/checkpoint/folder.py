@@ -91,7 +91,7 @@ def _one_of_many(source: Path) -> list[str]:
     number = NUMBERED.fullmatch(source.name)
     if number is None or int(number[3]) < 2:
         return []
-    return [f"{storage.shown(source)} is one of {show(number[3])} shards: the tensors of the others are not read"]
+    return [f"{show(source.name)} is one of {int(number[3])} shards: the tensors of the others are not read"]
 
 
 def _read_config(folder: Path) -> Mapping[str, Any]:

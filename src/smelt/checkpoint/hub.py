@@ -27,9 +27,10 @@ def is_id(text: str) -> bool:
     return _ID.fullmatch(text) is not None and not text.endswith(_FILES)
 
 
-def is_offline() -> bool:
-    switches = (os.environ.get(name, "").upper() for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
-    return any(switch in ("1", "ON", "YES", "TRUE") for switch in switches)
+def switched_off() -> str | None:
+    """The environment variable that forbids the network, or None."""
+    switches = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    return next((name for name in switches if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")), None)
 
 
 def fetch(repository: str, revision: str | None) -> tuple[Path, str]:
@@ -53,11 +54,11 @@ def _asked(repository: str, revision: str | None, where: str) -> str:
     from huggingface_hub import errors
 
     try:
-        return _cached(repository, revision) if is_offline() else _downloaded(repository, revision, where)
+        return _cached(repository, revision) if switched_off() else _downloaded(repository, revision, where)
     except SmeltError:
         raise
     except errors.LocalEntryNotFoundError as error:
-        hub = "HF_HUB_OFFLINE is set" if is_offline() else "the hub cannot be reached"
+        hub = f"{switch} is set" if (switch := switched_off()) else "the hub cannot be reached"
         raise InputRejected(f"{where}: no such folder, and as a hub id not in the local cache ({hub})") from error
     except errors.RevisionNotFoundError as error:
         raise InputRejected(f"{where}: the hub has the repository, but not this revision") from error

@@ -46,7 +46,7 @@ _IMPOSTORS = (
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a header says. ``notices`` holds one line per oddity that is no error."""
+    """What a header says. ``notices`` holds one line per oddity that is no error, without the file's folder."""
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
@@ -150,7 +150,7 @@ def parse_header(raw: bytes, data_size: int, file: str) -> Header:
     for name, entry in content.items():
         try:
             dtype, shape, offset = _checked(name, entry, data_size)
-            notices += (f"{where}: tensor {show(name)}: {oddity}" for oddity in _unknown(entry))
+            notices += (f"{show(home)}: tensor {show(name)}: {oddity}" for oddity in _unknown(entry))
         except ValueError as error:
             raise InputRejected(f"{where}: tensor {show(name)} {error}") from error
         tensors[name] = TensorInfo(name, dtype, shape, home, begin + offset)
@@ -185,13 +185,11 @@ def _metadata(value: Any, where: str) -> dict[str, str]:
     for key, text in value.items():
         if not isinstance(text, str):
             raise InputRejected(f"{where}: __metadata__ maps {show(key)} to {brief(text)}, expected a string")
-        if not _is_unicode(key + text):
-            raise InputRejected(f"{where}: __metadata__ holds half a surrogate pair in {show(key)}")
+        try:
+            (key + text).encode()
+        except UnicodeEncodeError as error:
+            raise InputRejected(f"{where}: __metadata__ holds half a surrogate pair in {show(key)}") from error
     return value
-
-
-def _is_unicode(text: str) -> bool:
-    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 # --- one tensor's entry: each function raises ValueError with the end of a sentence about the tensor ----

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from ..architecture import role_of
 from ..kernels.dtypes import DTYPES, name_of
 from .inputs import read_config
 from .planning import Plan
@@ -47,17 +48,15 @@ def _set_layers(plan: Plan, config: dict[str, Any]) -> None:
     if plan.layout.layers is None:
         return
     structure = plan.inputs.donor.structure
-    if structure.layer_count_key is not None:
-        _put(config, structure.layer_count_key, plan.layout.layers)
+    for path in structure.main_stack.count_keys if structure.main_stack is not None else ():
+        _put(config, path, plan.layout.layers)
     for path, values in structure.per_layer_lists.items():
         _put(config, path, [values[layer] for layer in plan.layout.layer_map])
 
 
 def _untie(plan: Plan, config: dict[str, Any]) -> None:
     """A head that is stored must be read: a config that ties it would ignore it."""
-    structure = plan.inputs.donor.structure
-    written = {output.name for output in plan.outputs}
-    if config.get("tie_word_embeddings") and any(name in written for name in structure.heads):
+    if config.get("tie_word_embeddings") and any(role_of(output.name) == "head" for output in plan.outputs):
         config["tie_word_embeddings"] = False
 
 

@@ -136,8 +136,22 @@ class _Builder:
                 pieces += self._pieces(members, names, part, self._base_of(part), _constant(t))
                 layer_map.append(start[0] + offset)
         pieces += self._outside(slices[-1], "post")
+        self._check_config(layer_map)
         InputRejected.gather(dict.fromkeys(self._problems))
         return Layout(_in_order(pieces), len(layer_map), tuple(layer_map), tuple(self._notices))
+
+    def _check_config(self, layer_map: Sequence[int]) -> None:
+        """A new depth must be stated in the config; what speaks of layers by pattern cannot be rewritten."""
+        donor = self._inputs.donor
+        structure, stack = donor.structure, donor.structure.main_stack
+        if stack is None or not donor.checkpoint.config or list(layer_map) == list(range(stack.count)):
+            return
+        if not stack.count_keys:
+            self._problems.append(
+                f"{donor.label}: config.json does not tell which key counts the layers of {stack.prefix}"
+            )
+        for path, value in structure.layer_patterns.items():
+            self._notices.append(f"config.json: {'.'.join(path)}: {value} speaks of layers as they were; check it")
 
     def _members(self, part: OutputSlice) -> list[tuple[Input, InputModel]]:
         members = [(self._inputs[source.model], source) for source in part.sources]

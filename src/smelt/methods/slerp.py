@@ -9,7 +9,7 @@ With a, b the flattened tensors and c the cosine between them:
 
 The vectors themselves are combined, not their directions, so the norm is not interpolated linearly. Fine-tunes
 of one base nearly always lie above the threshold, where slerp is linear interpolation. A norm of at most
-``eps`` counts as 1; if one is exactly zero, or the vectors are exactly parallel, the interpolation is linear.
+``eps`` counts as 1; if one is exactly zero, or the vectors are all but parallel, the interpolation is linear.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from ..kernels.program import Call, Gram, call
 from .linear import weighted_sum
 from .registry import REQUIRED, Citation, Method, Parameter, Steps
 from .tensors import Tensor
+
+#: Above this cosine arc and chord agree to float32's precision; opposite vectors have no arc at all.
+_PARALLEL = 1 - 1e-6
 
 
 def pair(a: Any, b: Any) -> Any:
@@ -45,7 +48,7 @@ def coefficients(gram: list[list[float]], t: float, threshold: float, eps: float
         return 1 - t, t
     a, b = (norm if norm > eps else 1.0 for norm in norms)
     cosine = max(-1.0, min(1.0, gram[0][1] / (a * b)))
-    if abs(cosine) > threshold or abs(cosine) == 1.0:
+    if abs(cosine) > min(threshold, _PARALLEL):
         return 1 - t, t
     angle = acos(cosine)
     return sin((1 - t) * angle) / sin(angle), sin(t * angle) / sin(angle)
