@@ -92,7 +92,7 @@ def job_of(timed: Timed, inputs: dict[str, Resident]) -> Job:
     method = get(timed.method)
     models = tuple(inputs[name] for name in timed.models if name != BASE or method.base == "ignored")
     variant = {"variant": "mergekit"} if len(method.variants) > 1 else {}
-    shared, each = constant_parameters(method, dict(timed.per_model + timed.shared) | variant, {}, len(models))
+    shared, each = constant_parameters(method, dict((*timed.per_model, *timed.shared)) | variant, {}, len(models))
     base = inputs[BASE] if timed.base else None
     tensor = Tensor("w", base, models, shared, each)
     taking_part = dict.fromkeys([base, *models] if base else models)

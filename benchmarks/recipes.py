@@ -11,13 +11,17 @@ from benchmarks.shapes import BASE, FINE_TUNES, model_dir
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """One merge: its method, the models that take part beside a base, and what they are given."""
+    """One merge: its method, the models that take part beside a base, and what they are given.
+
+    ``ours``: mergekit has no such method.
+    """
 
     method: str
     models: tuple[str, ...] = FINE_TUNES
     base: bool = True
     per_model: tuple[tuple[str, float], ...] = ()
-    shared: tuple[tuple[str, float], ...] = ()
+    shared: tuple[tuple[str, float | str], ...] = ()
+    ours: bool = False
 
     def inputs(self, size: str) -> list[Path]:
         """Folder of every model that is read, each once."""
@@ -44,6 +48,9 @@ _MERGES = (
     Timed("slerp", models=(BASE, FINE_TUNES[0]), shared=(("t", 0.5),)),
     Timed("task_arithmetic", per_model=(("weight", 0.4),)),
     Timed("ties", per_model=(("weight", 1.0), ("density", 0.2))),
+    Timed(
+        "dare", per_model=(("drop_rate", 0.5),), shared=(("merge", "task_arithmetic"), ("lambda", 0.4)), ours=True
+    ),
     Timed("dare_linear", per_model=(("weight", 0.4), ("density", 0.5))),
     Timed("dare_ties", per_model=(("weight", 0.4), ("density", 0.5))),
 )

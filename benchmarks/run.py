@@ -97,7 +97,8 @@ def measure_all(options: argparse.Namespace, session: Session, path: Path) -> No
         if not fits(size, course.merge, state):
             print(f"{size} {method}: the inputs do not fit in memory, so there is no {state} run", flush=True)
             continue
-        for number, name in alternate(options.entrants, options.rounds, options.mergekit_rounds):
+        able = [name for name in options.entrants if name != "mergekit" or not course.merge.ours]
+        for number, name in alternate(able, options.rounds, options.mergekit_rounds):
             measure.wait_until_quiet(options.patience)
             cached, cost = course.run(name, state)
             run = Run(size, method, state, name, number, cached, **asdict(cost))

@@ -57,9 +57,8 @@ class Zoo:
 
 
 @st.composite
-def zoos(draw: st.DrawFn) -> Zoo:
+def zoos(draw: st.DrawFn, method: str) -> Zoo:
     codes, keys = draw(st.sampled_from(STORAGE))
-    method = draw(st.sampled_from(["linear", "task_arithmetic", "ties", "passthrough"]))
     if method == "passthrough":
         codes = codes[:2]
     sides = st.lists(st.sampled_from([0, 1, 3, 8, 17]), max_size=3)
@@ -145,9 +144,11 @@ def write(folder: Path, arrays: Arrays, parts: int) -> str:
     return save_shards(folder, filled, config={}) if len(filled) > 1 else save(folder, arrays, config={})
 
 
-@settings(max_examples=50, suppress_health_check=[HealthCheck.too_slow])
-@given(zoo=zoos())
-def test_any_merge_is_what_the_formula_says(zoo: Zoo) -> None:
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "passthrough"])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_any_merge_is_what_the_formula_says(method: str, data: st.DataObject) -> None:
+    zoo = data.draw(zoos(method))
     folder = Path(tempfile.mkdtemp())
     try:
         tree, out = tree_of(zoo, folder), folder / "out"

@@ -16,12 +16,12 @@ def public_name(text: str, is_local: bool) -> str:
     return PurePath(text).name or "model" if is_local else text
 
 
-def public_recipe(recipe: str, local_paths: Sequence[str]) -> str:
-    """The recipe with local paths cut to their last component: no output tells where its author works."""
+def without_paths(text: str, local_paths: Sequence[str]) -> str:
+    """A recipe or notice with local paths cut to their last component: no output tells where its author works."""
     for path in sorted(local_paths, key=len, reverse=True):
         if "/" in path or "\\" in path:
-            recipe = recipe.replace(path, public_name(path, True))
-    return recipe
+            text = text.replace(path, public_name(path, True))
+    return text
 
 
 def card(

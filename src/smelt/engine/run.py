@@ -15,7 +15,7 @@ from ..errors import InputRejected, show
 from ..kernels.program import Copy
 from ..methods import Model
 from .backbone import compare_backbones
-from .card import card, is_hub_id, public_name, public_recipe
+from .card import card, is_hub_id, public_name, without_paths
 from .config import patched_config
 from .device import mapper_for
 from .execute import Executor, Job, Steps
@@ -186,13 +186,13 @@ def _job(plan: Plan, output: Output) -> Job:
 
 def _write_side_files(plan: Plan, folder: Path, title: str, tensors: dict[str, Any], warnings: list[str]) -> None:
     """Config, tokenizer, model card, and last the manifest with the SHA-256 of all of them."""
-    donor = plan.inputs.donor
-    files = side_files(donor.checkpoint)
+    notices = [_public(plan, warning) for warning in warnings]
+    files = side_files(plan.inputs.donor.checkpoint)
     config = patched_config(plan)
     if config is not None:
         files["config.json"] = config
     if plan.options.card:
-        files["README.md"] = _card(plan, title, warnings).encode()
+        files["README.md"] = _card(plan, title, notices).encode()
     for name, data in sorted(files.items()):
         storage.write_small(folder / name, data)
     sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
@@ -200,9 +200,9 @@ def _write_side_files(plan: Plan, folder: Path, title: str, tensors: dict[str, A
     if index in storage.listdir(folder):
         sums[index] = hashlib.sha256(storage.read_small(folder / index, 1 << 28)).hexdigest()
     content = manifest(
-        recipe=_public_recipe(plan), method=plan.method.name, variant=plan.variant, seed=plan.seed,
+        recipe=_public(plan, plan.recipe.text), method=plan.method.name, variant=plan.variant, seed=plan.seed,
         inputs=[identity(item, plan.inputs.ledger) for item in plan.inputs],
-        tensors=tensors, files=sums, notices=warnings,
+        tensors=tensors, files=sums, notices=notices,
     )  # fmt: skip
     storage.write_small(folder / NAME, dump(content))
 
@@ -217,10 +217,10 @@ def _card(plan: Plan, title: str, notices: Sequence[str]) -> str:
         models=[public_name(item.label, item.is_local) for item in items],
         hub_ids=[item.label for item in plan.inputs if not item.is_local and is_hub_id(item.label)],
         license_name=licence_of(plan.inputs),
-        recipe=_public_recipe(plan),
+        recipe=_public(plan, plan.recipe.text),
         notices=notices,
     )
 
 
-def _public_recipe(plan: Plan) -> str:
-    return public_recipe(plan.recipe.text, [item.label for item in plan.inputs if item.is_local])
+def _public(plan: Plan, text: str) -> str:
+    return without_paths(text, [item.label for item in plan.inputs if item.is_local])

@@ -9,8 +9,8 @@ import numpy.typing as npt
 
 from ..errors import OperationFailed, show
 from ..kernels import random
-from ..kernels.generate import precision_of
 from ..kernels.dtypes import DTYPES, narrowed
+from ..kernels.generate import precision_of
 from ..kernels.program import Draw, Mask, Operand, Whole
 from .device import nonfinite
 from .tiles import TILE, BufferPool
