@@ -38,7 +38,7 @@ docs: $(VENV)/.dev
 
 clean:
 	rm -rf $(VENV) build dist demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	find . -name __pycache__ -prune -exec rm -rf {} +
+	find src tests docs benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
 
 # --- set-up: one file in the environment says that a step is done -------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from smelt.errors import InputRejected, OperationFailed
 from tests.readback import nothing_left, stored, values
 from tests.recipes import Family, recipe, save_shards
 from tests.small_models import CONFIG, Arrays, bf16, fine_tuned, llama, save
+from tests.tensors import bits
 
 
 def normal(shape: tuple[int, ...], seed: int, dtype: Any = np.float32) -> Any:
@@ -33,17 +35,9 @@ def trio(
     return [save(folder / name, model, config={}) for name, model in zip("bxy", arrays, strict=True)], arrays
 
 
-def merged(tree: Mapping[str, Any], out: Path, **options: Any) -> Arrays:
+def merged(tree: Any, out: Path, **options: Any) -> Arrays:
     smelt.merge(tree, out, **options)
     return values(out)
-
-
-def same(first: Arrays, second: Arrays) -> bool:
-    """Equal names, types, shapes and bits."""
-    return first.keys() == second.keys() and all(
-        a.dtype == second[n].dtype and a.shape == second[n].shape and a.tobytes() == second[n].tobytes()
-        for n, a in first.items()
-    )
 
 
 # --- the same bytes -------------------------------------------------------------------------------------
@@ -93,9 +87,9 @@ def test_the_seed_names_the_draws(family: Family, tmp_path: Path) -> None:
     tree = recipe("dare_ties", family.models[:2], family.base, each={"weight": 1, "density": 0.5})
     first, again = (merged(tree, tmp_path / name, seed=1) for name in ("a", "b"))
     other = merged({**tree, "seed": 2}, tmp_path / "c")
-    assert same(first, again)
-    assert not same(first, other)
-    assert same(other, merged(tree, tmp_path / "d", seed=2))
+    assert bits(first) == bits(again)
+    assert bits(first) != bits(other)
+    assert bits(other) == bits(merged(tree, tmp_path / "d", seed=2))
 
 
 def test_shards_of_the_inputs_do_not_change_a_bit(family: Family, tmp_path: Path) -> None:
@@ -107,7 +101,7 @@ def test_shards_of_the_inputs_do_not_change_a_bit(family: Family, tmp_path: Path
         merged(recipe("task_arithmetic", [model, family.models[1]], family.base), tmp_path / out)
         for model, out in ((family.models[0], "whole"), (sharded, "split"))
     )
-    assert same(whole, split)
+    assert bits(whole) == bits(split)
 
 
 @pytest.mark.parametrize("count", [1, TILE - 1, TILE, TILE + 1, 2 * TILE + 5])
@@ -229,109 +223,6 @@ def test_an_extra_tensor_is_copied_or_dropped_and_said(unequal: list[str], tmp_p
         assert any("'extra.weight'" in warning and verb in warning for warning in artifact.warnings)
 
 
-# --- values that are no numbers -------------------------------------------------------------------------
-
-POISONED = "model.layers.1.mlp.up_proj.weight"
-
-
-def poisoned(family: Family, folder: Path, value: float) -> str:
-    """The second fine-tune with one bad element, number 130 of the tensor."""
-    arrays = dict(family.model_arrays[1])
-    arrays[POISONED] = arrays[POISONED].copy()
-    arrays[POISONED].reshape(-1)[130] = value
-    return save(folder / "poisoned", arrays)
-
-
-SUMS: dict[str, dict[str, Any]] = {
-    "linear": {},
-    "task_arithmetic": {},
-    "ties": {"each": {"density": 0.5}},
-    "ties like mergekit": {"each": {"density": 0.5, "weight": 1.0}},
-    "dare_ties": {"each": {"density": 0.5, "weight": 1.0}},
-}
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", SUMS)
-def test_a_bad_value_names_model_and_tensor(name: str, value: float, family: Family, tmp_path: Path) -> None:
-    models = [family.models[0], poisoned(family, tmp_path, value)]
-    method = name.partition(" ")[0]
-    more = {"parameters": {"variant": "paper"}} if name == "ties" else {}
-    tree = recipe(method, models, None if method == "linear" else family.base, **SUMS[name], **more)
-    with pytest.raises(
-        OperationFailed, match=rf"poisoned: tensor '{POISONED}' holds 1 NaN or Inf.* element 130"
-    ) as told:
-        smelt.merge(tree, tmp_path / "out")
-    assert told.value.exit_code == 1
-    assert nothing_left(tmp_path / "out")
-
-
-@pytest.mark.parametrize("name", SUMS)
-def test_bad_values_pass_where_that_is_wanted(name: str, family: Family, tmp_path: Path) -> None:
-    """Only the element that is bad, with a warning or without."""
-    models = [family.models[0], poisoned(family, tmp_path, float("nan"))]
-    method = name.partition(" ")[0]
-    tree = recipe(method, models, None if method == "linear" else family.base, **SUMS[name])
-    warned = smelt.merge(tree, tmp_path / "warned", on_nonfinite="warn")
-    silent = smelt.merge(tree, tmp_path / "silent", on_nonfinite="allow")
-    assert [warning for warning in warned.warnings if f"'{POISONED}'" in warning]
-    assert not [warning for warning in silent.warnings if f"'{POISONED}'" in warning]
-    for artifact in (warned, silent):
-        found = values(artifact.path)
-        bad = {n: np.flatnonzero(~np.isfinite(a.astype(np.float32))).tolist() for n, a in found.items()}
-        assert {n: places for n, places in bad.items() if places} in ({POISONED: [130]}, {})
-
-
-def test_a_copied_tensor_is_looked_at_too(family: Family, tmp_path: Path) -> None:
-    tree = recipe("passthrough", [poisoned(family, tmp_path, float("inf"))])
-    with pytest.raises(OperationFailed, match=rf"poisoned: tensor '{POISONED}' holds 1 NaN or Inf"):
-        smelt.merge(tree, tmp_path / "out")
-    artifact = smelt.merge(tree, tmp_path / "out", on_nonfinite="allow")
-    assert np.isinf(values(artifact.path)[POISONED].astype(np.float32)).sum() == 1
-
-
-def test_what_does_not_fit_the_output_type_is_refused(tmp_path: Path) -> None:
-    big = np.full((4, 4), 70000, np.float32)
-    tree = recipe("linear", pair(tmp_path, {"w": big}, {"w": big + 1}), out_dtype="float16")
-    with pytest.raises(OperationFailed, match=r"tensor 'w': 16 results are NaN or Inf in float16.*wider out_dtype"):
-        smelt.merge(tree, tmp_path / "out")
-    assert nothing_left(tmp_path / "out")
-
-
-def test_denormals_and_signed_zeros_survive_a_copy(tmp_path: Path) -> None:
-    odd = np.array([-0.0, 0.0, 1e-45, -1e-45, 1e-39], np.float32)
-    model = save(tmp_path / "x", {"w": odd}, config={})
-    out = merged(recipe("passthrough", [model]), tmp_path / "out")
-    assert out["w"].tobytes() == odd.tobytes()
-
-
-# --- models that should not meet ------------------------------------------------------------------------
-
-
-def test_the_same_weights_twice_are_warned_about(family: Family, tmp_path: Path) -> None:
-    twin = save(tmp_path / "twin", family.model_arrays[0])
-    artifact = smelt.merge(recipe("linear", [family.models[0], twin]), tmp_path / "out")
-    assert any("are the same model: it counts twice" in warning for warning in artifact.warnings)
-    assert same(values(artifact.path), family.model_arrays[0])
-
-
-def test_the_base_as_an_expert_is_warned_about(family: Family, tmp_path: Path) -> None:
-    twin = save(tmp_path / "twin", family.base_arrays)
-    artifact = smelt.merge(recipe("task_arithmetic", [family.models[0], twin], family.base), tmp_path / "out")
-    assert any("has no task vector" in warning for warning in artifact.warnings)
-
-
-def test_strangers_are_refused_unless_forced(family: Family, tmp_path: Path) -> None:
-    stranger = save(tmp_path / "stranger", bf16(llama(99)))
-    tree = recipe("task_arithmetic", [family.models[0], stranger], family.base)
-    with pytest.raises(InputRejected, match=r"stranger' does not share the backbone of the base .*--force") as told:
-        smelt.merge(tree, tmp_path / "out")
-    assert told.value.exit_code == 3
-    assert nothing_left(tmp_path / "out")
-    artifact = smelt.merge(tree, tmp_path / "out", force=True)
-    assert any("does not share the backbone" in warning for warning in artifact.warnings)
-
-
 # --- progress, and inputs that do not hold still --------------------------------------------------------
 
 
@@ -399,6 +290,31 @@ def test_an_input_that_changes_meanwhile_stops_the_merge(change: Any, family: Fa
         smelt.merge(recipe("linear", [model, family.models[1]]), tmp_path / "out", progress=watcher)
     assert watcher.events[-1][0] == "finish"
     assert nothing_left(tmp_path / "out")
+
+
+def test_single_files_merge_as_their_folders_do(family: Family, tmp_path: Path) -> None:
+    """A file among many has no config of its own, unless one lies beside it."""
+    bare = []
+    for index, arrays in enumerate(family.model_arrays[:2]):
+        save(tmp_path / str(index), arrays)
+        (tmp_path / str(index) / "config.json").unlink()
+        bare.append(tmp_path / str(index) / "model.safetensors")
+    smelt.merge(recipe("linear", bare), tmp_path / "files")
+    smelt.merge(recipe("linear", family.models[:2]), tmp_path / "folders")
+    assert stored(tmp_path / "files") == stored(tmp_path / "folders")
+    assert not (tmp_path / "files" / "config.json").exists()
+    assert smelt.verify(tmp_path / "files").ok
+
+
+def test_a_recipe_may_be_text_a_mapping_or_parsed(family: Family, tmp_path: Path) -> None:
+    from smelt.recipe import parse
+
+    tree = recipe("linear", family.models[:2])
+    file = tmp_path / "recipe.yml"
+    file.write_text(json.dumps(tree))
+    forms: list[Any] = [tree, file, str(file), parse(file.read_text()), parse(file.read_text())[0]]
+    outs = [merged(form, tmp_path / str(index)) for index, form in enumerate(forms)]
+    assert all(bits(out) == bits(outs[0]) for out in outs)
 
 
 def test_inputs_are_left_alone(family: Family, tmp_path: Path) -> None:

@@ -1,11 +1,8 @@
-"""Laws of merging: what every method of the registry keeps, and what each of them promises."""
+"""Laws of merging: what each method promises, and what goes in and out of ``merge_tensors``."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
 from itertools import permutations
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -16,156 +13,10 @@ from hypothesis import strategies as st
 
 import smelt
 from smelt.errors import InputRejected, OperationFailed, UsageError
-from smelt.methods import REQUIRED, Method
-from tests.readback import values
-from tests.recipes import Family, recipe
 from tests.small_models import Arrays
+from tests.tensors import BASE, X, Y, Z, assert_close, bits, model
 
 merge_tensors = smelt.merge_tensors
-SHAPES: dict[str, tuple[int, ...]] = {"scalar": (), "empty": (0,), "one": (1,), "row": (7,), "matrix": (65, 33)}
-
-
-def model(seed: int, dtype: Any = np.float32, scale: float = 0.1) -> Arrays:
-    """Model 0 is the base, any other a fine-tune of it."""
-    drawn = {name: np.random.default_rng(len(name)).standard_normal(shape) for name, shape in SHAPES.items()}
-    noise = np.random.default_rng(1000 + seed)
-    return {
-        name: np.asarray(array + (scale * noise.standard_normal(array.shape) if seed else 0)).astype(dtype)
-        for name, array in drawn.items()
-    }
-
-
-BASE, X, Y, Z = (model(seed) for seed in range(4))
-
-
-def bits(arrays: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    return {name: (str(a.dtype), tuple(a.shape), a.tobytes()) for name, a in arrays.items()}
-
-
-def assert_close(first: Arrays, second: Arrays, ulps: float = 4) -> None:
-    """Equal but for a few roundings of numbers of size about one."""
-    assert first.keys() == second.keys()
-    for name, a in first.items():
-        np.testing.assert_allclose(a, second[name], rtol=0, atol=ulps * 2.0**-22, err_msg=name)
-
-
-# --- what every method keeps: a new method is tested by being in the registry ---------------------------
-
-EVERY = [
-    pytest.param(smelt.methods.get(name), variant, id=f"{name}-{variant}")
-    for name in smelt.methods.names()
-    for variant in smelt.methods.get(name).variants
-]
-
-
-def required(method: Method, variant: str) -> dict[str, Any]:
-    """A value for every parameter that has no default, and the variant where there is a choice."""
-    chosen: dict[str, Any] = {"variant": variant} if len(method.variants) > 1 else {}
-    for parameter in method.parameters:
-        if parameter.default_for(variant) is REQUIRED:
-            chosen[parameter.name] = {"float": 0.5, "int": 1, "bool": True}[parameter.kind]
-    return chosen
-
-
-def run(method: Method, variant: str, models: Sequence[Arrays], base: Arrays | None = None, **options: Any) -> Any:
-    """Merge with the least that the method needs; the base only goes to methods that look at it."""
-    known = (BASE if base is None else base) if method.base == "required" else None
-    return merge_tensors(method.name, models, known, parameters=required(method, variant), **options)
-
-
-def as_many(method: Method, models: Sequence[Arrays]) -> Sequence[Arrays]:
-    return models[: method.max_models or len(models)]
-
-
-@pytest.mark.parametrize(("method", "variant"), EVERY)
-class TestEveryMethod:
-    def test_keeps_names_shapes_and_types(self, method: Method, variant: str) -> None:
-        out = run(method, variant, as_many(method, [X, Y]))
-        assert {name: (a.dtype, a.shape) for name, a in out.items()} == {n: (a.dtype, a.shape) for n, a in X.items()}
-        assert all(np.isfinite(array).all() for array in out.values())
-
-    def test_is_deterministic(self, method: Method, variant: str) -> None:
-        runs = [run(method, variant, as_many(method, [X, Y]), threads=threads) for threads in (1, 1, 3)]
-        assert bits(runs[0]) == bits(runs[1]) == bits(runs[2])
-
-    def test_does_not_mind_the_order_of_names(self, method: Method, variant: str) -> None:
-        turned = [dict(reversed(arrays.items())) for arrays in (X, Y, BASE)]
-        first = run(method, variant, as_many(method, [X, Y]))
-        second = run(method, variant, as_many(method, turned[:2]), turned[2])
-        assert bits(first) == bits(second)
-        assert list(first) == sorted(first)
-
-    def test_leaves_its_inputs_alone(self, method: Method, variant: str) -> None:
-        before = [bits(arrays) for arrays in (BASE, X, Y)]
-        run(method, variant, as_many(method, [X, Y]))
-        assert [bits(arrays) for arrays in (BASE, X, Y)] == before
-
-    def test_takes_one_model(self, method: Method, variant: str) -> None:
-        out = run(method, variant, [X])
-        assert out.keys() == X.keys()
-        assert all(np.isfinite(array).all() for array in out.values())
-
-    def test_takes_the_same_model_twice(self, method: Method, variant: str) -> None:
-        out = run(method, variant, as_many(method, [X, X]))
-        assert all(np.isfinite(array).all() for array in out.values())
-
-    def test_gives_the_base_when_nothing_was_learnt(self, method: Method, variant: str) -> None:
-        assert_close(run(method, variant, as_many(method, [BASE, BASE])), BASE)
-
-    def test_layout_in_memory_does_not_matter(self, method: Method, variant: str) -> None:
-        turned = [{n: np.asfortranarray(a) if a.ndim == 2 else a for n, a in arrays.items()} for arrays in (X, Y, BASE)]
-        first = run(method, variant, as_many(method, [X, Y]))
-        assert bits(run(method, variant, as_many(method, turned[:2]), turned[2])) == bits(first)
-
-    def test_names_a_nan(self, method: Method, variant: str) -> None:
-        bad = spoilt(X, np.nan)
-        with pytest.raises(OperationFailed, match=r"model 0: tensor 'matrix' holds 1 NaN or Inf.* element 5"):
-            run(method, variant, as_many(method, [bad, Y]))
-
-    def test_lets_a_nan_pass_where_that_is_wanted(self, method: Method, variant: str) -> None:
-        models = as_many(method, [spoilt(X, np.nan), Y])
-        with pytest.warns(RuntimeWarning, match="model 0: tensor 'matrix'"):
-            warned = run(method, variant, models, on_nonfinite="warn")
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            silent = run(method, variant, models, on_nonfinite="allow")
-        assert bits(warned) == bits(silent)
-        assert np.isnan(silent["matrix"]).sum() <= 1
-        assert all(np.isfinite(array).all() for name, array in silent.items() if name != "matrix")
-
-    def test_gives_the_same_bits_through_torch(self, method: Method, variant: str) -> None:
-        """The path of the GPU, on the one torch device that every machine has."""
-        pytest.importorskip("torch")
-        models = as_many(method, [X, Y])
-        assert bits(run(method, variant, models, device="cpu:0")) == bits(run(method, variant, models))
-
-    def test_refuses_what_it_does_not_know(self, method: Method, variant: str) -> None:
-        with pytest.raises(UsageError, match=f"{method.name} has no parameter 'wieght'"):
-            merge_tensors(method.name, as_many(method, [X, Y]), BASE, parameters={"wieght": 1})
-
-    def test_merges_files_as_it_merges_arrays(
-        self, method: Method, variant: str, family: Family, tmp_path: Path
-    ) -> None:
-        chosen = required(method, variant)
-        each = {p.name: chosen[p.name] for p in method.parameters if p.per_model and p.name in chosen}
-        shared = {name: value for name, value in chosen.items() if name not in each}
-        count, needs_base = method.max_models or 2, method.base == "required"
-        base = family.base if needs_base else None
-        tree = recipe(method.name, family.models[:count], base, each=each, parameters=shared)
-        smelt.merge(tree, tmp_path / "out", seed=7)
-        weight = {"weight": [1.0] * count} if method.parameter("weight") else {}
-        weight |= {name: [value] * count for name, value in each.items()}
-        arrays = merge_tensors(
-            method.name, family.model_arrays[:count], family.base_arrays if needs_base else None,
-            parameters=shared, per_model=weight, seed=7,
-        )  # fmt: skip
-        assert bits(values(tmp_path / "out")) == bits(arrays)
-
-
-def spoilt(arrays: Arrays, value: float) -> Arrays:
-    bad = {name: array.copy() for name, array in arrays.items()}
-    bad["matrix"].reshape(-1)[5] = value
-    return bad
 
 
 # --- identity, permutation, shift -----------------------------------------------------------------------
@@ -221,15 +72,6 @@ def test_task_arithmetic_is_linear_in_its_weights(weights: list[float]) -> None:
 
 
 # --- limits ---------------------------------------------------------------------------------------------
-
-WITH_LAMBDA = [n for n in smelt.methods.names() if (p := smelt.methods.get(n).parameter("lambda")) and p.when is None]
-
-
-@pytest.mark.parametrize("name", WITH_LAMBDA)
-def test_lambda_zero_is_the_base_bit_for_bit(name: str) -> None:
-    parameters = {**required(smelt.methods.get(name), "paper"), "lambda": 0.0}
-    out = merge_tensors(name, [X, Y], BASE, parameters=parameters)
-    assert bits(out) == bits(dict(sorted(BASE.items())))
 
 
 def test_density_one_trims_nothing() -> None:
@@ -383,9 +225,13 @@ def test_tied_names_are_merged_once() -> None:
     assert bits(out) == bits({"embed": alone["embed"], "head": alone["embed"]})
 
 
-def test_masks_take_the_place_of_draws() -> None:
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"])
+def test_masks_take_the_place_of_draws(device: str) -> None:
+    if device != "cpu":
+        pytest.importorskip("torch")
     mask = {name: np.arange(a.size).reshape(a.shape) % 2 == 0 for name, a in BASE.items()}
-    out = merge_tensors("dare", [X], BASE, parameters={"drop_rate": 0.5, "merge": "none"}, masks=[mask])
+    parameters = {"drop_rate": 0.5, "merge": "none"}
+    out = merge_tensors("dare", [X], BASE, parameters=parameters, masks=[mask], device=device)
     for name, base in BASE.items():
         wanted = np.where(mask[name], base + np.float32(2) * (X[name] - base), base)
         np.testing.assert_array_equal(out[name], wanted)

@@ -62,7 +62,7 @@ def zoos(draw: st.DrawFn, method: str) -> Zoo:
     if method == "passthrough":
         codes = codes[:2]
     sides = st.lists(st.sampled_from([0, 1, 3, 8, 17]), max_size=3)
-    shapes = {"always": [3], **draw(st.dictionaries(st.sampled_from(NAMES), sides, max_size=5))}
+    shapes = {"always": [5, 9], **draw(st.dictionaries(st.sampled_from(NAMES), sides, max_size=5))}
     random = np.random.default_rng(draw(st.integers(0, 2**32)))
     count = len(codes) - 1
     quarters = st.integers(-8, 8).map(lambda quarter: quarter / 4)

@@ -15,7 +15,7 @@ from pathlib import Path
 from random import Random
 
 PASSAGE_CHARACTERS = 360  # fills a context of 128 tokens with code, and most of it with prose
-LINES_PER_PASSAGE = 8
+LINES_PER_PASSAGE = 6
 DOCUMENT_CHARACTERS = 10_000
 EVERY_TOKEN = r"(?s)."
 ROMAN_SYMBOLS = {

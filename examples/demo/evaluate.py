@@ -45,24 +45,23 @@ def prepare(domain: Domain, tokenizer: PreTrainedTokenizerFast) -> Test:
     count = 0
     for row, passage in enumerate(domain.held_out):
         encoded = tokenizer(passage, truncation=True, max_length=CONTEXT, return_offsets_mapping=True)
-        starts = [start for start, _ in encoded["offset_mapping"]]
-        tokens[row, : len(starts)] = torch.tensor(encoded["input_ids"])
-        for match in domain.scored.finditer(passage):
-            for column, start in enumerate(starts):
-                if match.start() <= start < match.end():
-                    stretch[row, column] = count
-            count += 1
+        owner = [UNSCORED] * len(passage)
+        for count, match in enumerate(domain.scored.finditer(passage), start=count + 1):
+            owner[match.start() : match.end()] = [count] * (match.end() - match.start())
+        length = len(encoded["input_ids"])
+        tokens[row, :length] = torch.tensor(encoded["input_ids"])
+        stretch[row, :length] = torch.tensor([owner[start] for start, _ in encoded["offset_mapping"]])
     return Test(tokens, stretch)
 
 
 @torch.inference_mode()
 def evaluate(model: LlamaForCausalLM, test: Test) -> Score:
-    """Scores `model` (any dtype; computed in float32) on a prepared test."""
-    model = model.float().eval()
+    """Scores `model` on a prepared test."""
+    model.eval()
     logits = torch.cat([model(input_ids=part, use_cache=False).logits for part in test.tokens.split(16)])
-    predicted, wanted, stretch = logits[:, :-1].flatten(0, 1), test.tokens[:, 1:].flatten(), test.stretch[:, 1:].flatten()
-    scored = stretch != UNSCORED
-    predicted, wanted, stretch = predicted[scored], wanted[scored], stretch[scored]
-    missed = torch.unique(stretch[predicted.argmax(dim=-1) != wanted])
-    exact = 1 - len(missed) / len(torch.unique(stretch))
+    scored = test.stretch[:, 1:] != UNSCORED
+    predicted, wanted = logits[:, :-1][scored], test.tokens[:, 1:][scored]
+    stretch = test.stretch[:, 1:][scored]
+    missed = stretch[predicted.argmax(dim=-1) != wanted].unique()
+    exact = 1 - len(missed) / len(stretch.unique())
     return Score(functional.cross_entropy(predicted, wanted).item(), exact)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -74,7 +74,10 @@ class Inputs:
         return [item.checkpoint.folder for item in self if item.checkpoint.folder is not None]
 
     def notices(self) -> list[str]:
-        return [f"{item.label}: {note}" for item in self for note in getattr(item.checkpoint, "notices", ())]
+        """What is odd about the files, and what was not understood of the models in them."""
+        return [
+            f"{item.label}: {note}" for item in self for note in (*item.checkpoint.notices, *item.structure.remarks)
+        ]
 
     def refuse_quantised(self) -> None:
         """Averaging codes of a quantised model is a silent disaster, so it is refused until it is read right."""
@@ -90,9 +93,9 @@ class Inputs:
 
 
 def _quantised(item: Input) -> Iterator[str]:
-    config = item.checkpoint.config
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown")
+    said = item.checkpoint.config.get("quantization_config")
+    if said:
+        method = said.get("quant_method", "unknown") if isinstance(said, Mapping) else said
         yield f"{item.label}: a quantised checkpoint ({show(method)}): dequantise it first, this version merges floats"
         return
     for name, info in item.checkpoint.tensors.items():

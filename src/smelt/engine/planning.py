@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from inspect import isgeneratorfunction
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,7 @@ def _planned(recipe: Recipe, method: Method, options: Options, inputs: Inputs) -
     InputRejected.gather(problems)
     if method.survey is not None and method.passes(dict(merged[0].shared))[0] if merged else False:
         UsageError.gather(whole_model_values(method, [(dict(t.shared), dict(t.each)) for t in merged]))
+    _ask(method, merged)
     names = [source.name for output in outputs for source in output.piece.sources]
     filters = unmatched_filters(recipe, names)
     if options.strict:
@@ -209,6 +211,13 @@ def _planned(recipe: Recipe, method: Method, options: Options, inputs: Inputs) -
     made = Plan(recipe, method, resolver.variant, seed, options, inputs, chart, tuple(outputs), notices)
     UsageError.gather(_memory_problems(made))
     return made
+
+
+def _ask(method: Method, tensors: Sequence[Tensor]) -> None:
+    """Ask for outputs that need no statistics: parameters that have no result are refused before the run."""
+    if not isgeneratorfunction(method.merge):
+        for tensor in tensors:
+            method.merge(tensor)
 
 
 def _memory_problems(made: Plan) -> list[str]:

@@ -223,4 +223,4 @@ def _card(plan: Plan, title: str, notices: Sequence[str]) -> str:
 
 
 def _public(plan: Plan, text: str) -> str:
-    return without_paths(text, [item.label for item in plan.inputs if item.is_local])
+    return without_paths(text, [plan.recipe.origin, *(item.label for item in plan.inputs if item.is_local)])

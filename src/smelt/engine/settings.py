@@ -45,9 +45,11 @@ def _idle(recipe: Recipe, method: Method) -> list[str]:
 def _check_values(parameter: Parameter, setting: Setting) -> Iterator[str]:
     if parameter.kind == "strings":
         try:
-            setting.words()
+            problem = parameter.problem_with(setting.words())
         except ValueError as error:
-            yield setting.position.report(f"{parameter.name}: {error}")
+            problem = f"{parameter.name}: {error}"
+        if problem:
+            yield setting.position.report(problem)
         return
     for entry in setting.values():
         try:

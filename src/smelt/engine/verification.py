@@ -57,9 +57,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise InputRejected(f"{show(folder)} has no {NAME}: it was not made by smelt, or is not whole")
     try:
         content = json.loads(storage.read_small(path, 1 << 28))
-        if content["format"] != FORMAT or not isinstance(content["tensors"], dict | Mapping):
+        if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']!r}, expected {FORMAT}")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        if not all({"dtype", "shape", "sha256"} <= tensor.keys() for tensor in content["tensors"].values()):
+            raise ValueError("a tensor lacks its dtype, shape or sha256")
+        if not isinstance(content["files"], Mapping):
+            raise ValueError("files is no object")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputRejected(f"{show(path)} is not a manifest that this version reads: {error}") from error
     return content  # type: ignore[no-any-return]
 

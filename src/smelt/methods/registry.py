@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from ..errors import UsageError
+from ..errors import UsageError, show
 from ..kernels.program import Output, Request
 from .tensors import Model, Tensor
 
 #: Stands for "there is no default": the user must give the value.
 REQUIRED: Any = type("Required", (), {"__repr__": lambda self: "required"})()
 
+#: ``strings`` are regular expressions.
 Kind = Literal["float", "int", "bool", "str", "strings"]
 Steps = Generator[tuple[Request, ...], list[Any], Any]
 
@@ -58,6 +60,14 @@ class Parameter:
             return f"{self.name} must be one of {', '.join(self.choices)}, not {value!r}"
         if isinstance(value, int | float) and not isinstance(value, bool):
             return self._out_of_range(value)
+        return self._bad_pattern(value) if isinstance(value, tuple) else None
+
+    def _bad_pattern(self, patterns: tuple[Any, ...]) -> str | None:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError, RecursionError, OverflowError) as error:
+                return f"{self.name}: {show(pattern)} is not a regular expression: {error}"
         return None
 
     def _out_of_range(self, value: float) -> str | None:

@@ -1,0 +1,1 @@
+"""The manual. ``python -m docs.generate`` makes the pages that come from the code."""

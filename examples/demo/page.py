@@ -1,0 +1,1 @@
+def render(*a): return str(a)
