@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import smelt
 from tests.mergekit_parity import HERE, NotYet, cases_in, run_case
 
 CASES = list(cases_in(HERE))
@@ -18,6 +20,25 @@ def test_mergekit_case(folder: Path) -> None:
         run_case(folder, HERE)
     except NotYet as reason:
         pytest.fail(f"a case that was copied because it passes: {reason}")
+
+
+CONFIGS = [folder for folder in CASES if (folder / "expected_config.json").exists()]
+
+#: A head that is stored under a config that ties it would be ignored by whoever loads the result.
+OURS = {"tied-one-explicit-head": {"tie_word_embeddings": False}}
+
+
+@pytest.mark.parametrize("folder", CONFIGS, ids=lambda folder: folder.name)
+def test_the_config_is_mergekits(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(HERE / json.loads((folder / "case.json").read_text())["cwd"])
+    smelt.merge(folder / "config.yaml", tmp_path / "out")
+    written, wanted = (config(path) for path in (tmp_path / "out" / "config.json", folder / "expected_config.json"))
+    assert written == wanted | OURS.get(folder.name, {})
+
+
+def config(path: Path) -> dict[str, Any]:
+    read: dict[str, Any] = json.loads(path.read_text())
+    return {key: value for key, value in read.items() if key != "transformers_version"}
 
 
 def test_both_kinds_of_expectation_are_covered() -> None:

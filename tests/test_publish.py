@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -219,6 +220,38 @@ def test_modes_follow_the_umask(mask: int, tree: dict[str, Any], tmp_path: Path)
         os.umask(before)
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~mask
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o666 & ~mask}
+
+
+_AUDITED: list[tuple[str, tuple[Any, ...]]] | None = None
+
+
+def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+    if _AUDITED is not None and (event == "open" or event.partition(".")[0] in ("socket", "subprocess", "os")):
+        _AUDITED.append((event, arguments))
+
+
+sys.addaudithook(_audit)  # it stays for good, but listens only when asked to
+
+
+def test_nothing_else_is_touched(tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No socket, no process, and no file is opened for writing outside of the staging folder."""
+    smelt.merge(tree, tmp_path / "warm")  # compiles, which writes to the cache
+    monkeypatch.setattr(sys.modules[__name__], "_AUDITED", [])
+    smelt.merge(tree, tmp_path / "out")
+    events = list(_AUDITED or ())
+    monkeypatch.undo()
+    written = [a[0] for event, a in events if event == "open" and a[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)]
+    assert written
+    assert all(str(path).startswith(str(tmp_path / "out.smelt-")) for path in written)
+    assert {event for event, _ in events} <= {
+        "open",
+        "os.mkdir",
+        "os.rmdir",
+        "os.listdir",
+        "os.scandir",
+        "os.remove",
+        "os.rename",
+    }
 
 
 # --- what is left behind --------------------------------------------------------------------------------

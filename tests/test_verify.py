@@ -82,11 +82,10 @@ def test_an_extra_file_is_named(folder: Path) -> None:
     assert problems(folder) == ["file 'modeling_evil.py' is not in the manifest"]
 
 
-def test_a_missing_shard_is_an_error_that_names_it(folder: Path) -> None:
+def test_a_missing_shard_is_named(folder: Path) -> None:
     shard = sorted(folder.glob("*.safetensors"))[1]
     shard.unlink()
-    with pytest.raises(InputRejected, match=shard.name):
-        problems(folder)
+    assert any(shard.name in problem for problem in problems(folder))
 
 
 def rewritten(folder: Path, change: dict[str, np.ndarray | None]) -> list[str]:

@@ -5,7 +5,6 @@ The exit code is 0 only if it does.
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -18,12 +17,10 @@ from typing import Any
 from . import commands, page
 from .corpus import Domain, load_domains
 from .evaluate import evaluate, prepare
+from .folder import open_folder
 from .model import load, load_tokenizer, make_reproducible, save, train_tokenizer
 from .results import Kind, Result, judge, show
 from .train import encode, train_base, train_expert
-
-RECIPES = Path(__file__).with_name("recipes")
-MARK = "made-by-the-smelt-demo"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,22 +59,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="default: %(default)s")
     parser.add_argument("--fresh", action="store_true", help="train again, even if trained models are there")
     return parser.parse_args(arguments)
-
-
-def open_folder(folder: Path, fresh: bool) -> None:
-    """Makes the output folder ready: recipes are copied and old merges removed, trained models stay.
-
-    Raises FileExistsError for a folder with anything in it that the demo did not make.
-    """
-    if folder.exists() and any(folder.iterdir()) and not (folder / MARK).exists():
-        raise FileExistsError(f"{folder} has other contents: name another folder with --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARK).touch()
-    for old in ("merges", "recipes", *(["models"] if fresh else [])):
-        shutil.rmtree(folder / old, ignore_errors=True)
-    for new in ("merges", "models"):
-        (folder / new).mkdir(exist_ok=True)
-    shutil.copytree(RECIPES, folder / "recipes")
 
 
 def train_models(folder: Path, domains: Sequence[Domain]) -> None:

@@ -18,10 +18,8 @@ PASSAGE_CHARACTERS = 360  # fills a context of 128 tokens with code, and most of
 LINES_PER_PASSAGE = 6
 DOCUMENT_CHARACTERS = 10_000
 EVERY_TOKEN = r"(?s)."
-ROMAN_SYMBOLS = {
-    **{1000: "M", 900: "CM", 500: "D", 400: "CD", 100: "C", 90: "XC"},
-    **{50: "L", 40: "XL", 10: "X", 9: "IX", 5: "V", 4: "IV", 1: "I"},
-}
+ROMAN_VALUES = (1000, 900, 500, 400, 100, 90, 50, 40, 10, 9, 5, 4, 1)
+ROMAN_SYMBOLS = ("M", "CM", "D", "CD", "C", "XC", "L", "XL", "X", "IX", "V", "IV", "I")
 
 
 @dataclass(frozen=True)
@@ -49,9 +47,7 @@ def load_domains(characters: int = 1_200_000, passages: int = 64) -> list[Domain
     ]
 
 
-def text_domain(
-    name: str, title: str, documents: Iterable[tuple[str, str]], characters: int, passages: int
-) -> Domain:
+def text_domain(name: str, title: str, documents: Iterable[tuple[str, str]], characters: int, passages: int) -> Domain:
     """A domain of documents, of which one in eight is held out.
 
     No document gives more than DOCUMENT_CHARACTERS to learn from, or one passage in sixteen to be tested on:
@@ -69,9 +65,7 @@ def text_domain(
     return Domain(name, title, "\n".join(train), spread(held_out, passages), re.compile(EVERY_TOKEN))
 
 
-def exercise_domain(
-    name: str, title: str, lines: Iterable[str], answer: str, characters: int, passages: int
-) -> Domain:
+def exercise_domain(name: str, title: str, lines: Iterable[str], answer: str, characters: int, passages: int) -> Domain:
     """A domain of exercises, one to a line: one in eight is never trained on, whatever its order."""
     train: list[str] = []
     held_out: list[str] = []
@@ -131,7 +125,7 @@ def raw_prose() -> Iterator[tuple[str, str]]:
         if path.is_file() and path.name.startswith(("METADATA", "LICENSE", "COPYING", "NOTICE")):
             yield path.parent.name, path.read_text(encoding="utf-8", errors="replace")
     for name, source in standard_library():
-        yield name, "\n\n".join(str(node.value.value) for node in docstrings(source))
+        yield name, "\n\n".join(str(node.value) for node in docstrings(source))
 
 
 def paragraphs(text: str) -> list[str]:
@@ -156,14 +150,13 @@ def standard_library() -> Iterator[tuple[str, str]]:
         yield name, (root / name).read_text(encoding="utf-8", errors="replace")
 
 
-def docstrings(source: str) -> list[ast.Expr]:
-    """The docstring statements of a module, its classes and functions, in the order of the file."""
+def docstrings(source: str) -> list[ast.Constant]:
+    """The docstrings of a module, its classes and functions, in the order of the file."""
     holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, holders) and ast.get_docstring(node, clean=False) is not None:
-            found.append(node.body[0])
-    return sorted((node for node in found if isinstance(node, ast.Expr)), key=lambda node: node.lineno)
+    bodies = (node.body[:1] for node in ast.walk(ast.parse(source)) if isinstance(node, holders))
+    first = [statement.value for body in bodies for statement in body if isinstance(statement, ast.Expr)]
+    found = [node for node in first if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return sorted(found, key=lambda node: node.lineno)
 
 
 def character_names() -> Iterator[tuple[str, str]]:
@@ -185,7 +178,7 @@ def romans() -> Iterator[str]:
 def roman(number: int) -> str:
     """A number from 1 to 3999 in Roman numerals: 1994 is MCMXCIV."""
     letters = ""
-    for value, symbol in ROMAN_SYMBOLS.items():
+    for value, symbol in zip(ROMAN_VALUES, ROMAN_SYMBOLS, strict=True):
         letters += symbol * (number // value)
         number %= value
     return letters

@@ -10,9 +10,16 @@ from rich.console import Console
 from rich.table import Table
 
 from .corpus import Domain
-from .evaluate import Score
 
 Kind = Literal["base", "expert", "merge"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean loss in nats per scored token, and the share of scored stretches predicted exactly (0 to 1)."""
+
+    loss: float
+    exact: float
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ class SmeltError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *more: str) -> None:
-        self.problems: tuple[str, ...] = (message, *more)
+        self.problems: tuple[str, ...] = tuple(map(_printable, (message, *more)))
         super().__init__("\n".join(self.problems))
 
     @classmethod
@@ -30,6 +30,11 @@ class SmeltError(Exception):
         found = tuple(problems)
         if found:
             raise cls(*found)
+
+
+def _printable(problem: str) -> str:
+    """The text on one line, without terminal escapes: a path or a label may hold anything."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in problem)
 
 
 class OperationFailed(SmeltError):

@@ -46,8 +46,10 @@ def verify(folder: str | Path, *, progress: Progress | None = None) -> Verificat
     content = read_manifest(folder)
     found = Verification(folder)
     _verify_files(folder, content["files"], found)
-    if found.ok:
+    try:
         _verify_tensors(folder, content["tensors"], found, progress or Silent())
+    except InputRejected as error:
+        found.problems += error.problems
     return found
 
 

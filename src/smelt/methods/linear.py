@@ -19,14 +19,14 @@ from .tensors import Tensor
 
 
 def weighted_sum(models: Any, weights: Any) -> Any:
-    total = 0
+    total = -0.0  # the zero that adds nothing: a sum of negative zeros stays one
     for model, weight in zip(models, weights):  # noqa: B905
         total += weight * model
     return total
 
 
 def weighted_mean(models: Any, weights: Any, mass: Any) -> Any:
-    total = 0
+    total = -0.0  # the zero that adds nothing: a sum of negative zeros stays one
     for model, weight in zip(models, weights):  # noqa: B905
         total += weight * model
     return total / mass
