@@ -57,9 +57,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "models").mkdir()
     base = llama(0)
     save(folder / "models" / "base", bf16(base), tokens=TOKENS)
-    common = fine_tuned(base, 1, 0.0005)
-    for seed, name in enumerate(("code", "prose", "roman"), 2):
-        save(folder / "models" / name, bf16(fine_tuned(common, seed)), tokens=TOKENS)
+    for seed, name in enumerate(("code", "prose", "roman"), 1):
+        save(folder / "models" / name, bf16(fine_tuned(base, seed, 0.005)), tokens=TOKENS)
     return folder
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from smelt.kernels import random
 from smelt.kernels.arrays import apply
-from smelt.kernels.generate import precision_of
 from smelt.kernels.dtypes import DTYPES, narrowed
+from smelt.kernels.generate import precision_of
 from smelt.kernels.launch import run_map, run_sums
 from smelt.kernels.program import Call, Draw, Mask, Step, call
 from smelt.kernels.source import source_of
