@@ -48,9 +48,7 @@ _MERGES = (
     Timed("slerp", models=(BASE, FINE_TUNES[0]), shared=(("t", 0.5),)),
     Timed("task_arithmetic", per_model=(("weight", 0.4),)),
     Timed("ties", per_model=(("weight", 1.0), ("density", 0.2))),
-    Timed(
-        "dare", per_model=(("drop_rate", 0.5),), shared=(("merge", "task_arithmetic"), ("lambda", 0.4)), ours=True
-    ),
+    Timed("dare", per_model=(("drop_rate", 0.5),), shared=(("merge", "task_arithmetic"), ("lambda", 0.4)), ours=True),
     Timed("dare_linear", per_model=(("weight", 0.4), ("density", 0.5))),
     Timed("dare_ties", per_model=(("weight", 0.4), ("density", 0.5))),
 )

@@ -55,7 +55,7 @@ def smelt() -> None:
 
     \b
         smelt check A B C --base BASE     do these share a backbone? what should I use?
-        smelt merge recipe.yml OUT        any mergekit recipe runs unmodified
+        smelt merge recipe.yml OUT        run a recipe, in mergekit's language
         smelt verify OUT                  is it still what was written?
 
     Exit codes: 0 done, 1 failed, 2 wrong recipe or command, 3 input rejected, 70 a bug in smelt,

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @click.option("--threads", type=click.IntRange(min=1), help="Default: the cores this process may use.")
 @click.option("--device", default="cpu", metavar="NAME", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("--seed", type=click.IntRange(min=0), help="Overrides the recipe's seed.")
-@click.option("--shard-size", default="5GB", metavar="SIZE", show_default=True, help="Largest weight file.")
+@click.option("--shard-size", metavar="SIZE", help="Largest weight file. Default: the recipe's, else 5GB.")
 @click.option(
     "--on-extra", type=click.Choice(["copy", "drop", "error"]), default="error", show_default=True,
     help="A tensor that only some models have.",

@@ -13,6 +13,9 @@ from .execute import usable_cores
 #: Memory that Python, numpy and the compiler take before any weight is read.
 BASELINE = 192 << 20
 
+#: Bytes per weight file when neither the caller nor the recipe says.
+SHARD_SIZE = 5 * 10**9
+
 #: The least ``--memory``.
 LEAST_MEMORY = 256 << 20
 
@@ -25,7 +28,7 @@ class Options:
     threads: int = 1
     memory: int = 1 << 30
     seed: int | None = None
-    shard_size: int = 5 * 10**9
+    shard_size: int | None = None
     on_extra: Literal["error", "copy", "drop"] = "error"
     on_nonfinite: Literal["error", "warn", "allow"] = "error"
     force: bool = False
@@ -35,7 +38,7 @@ class Options:
 
 def options_of(
     *, device: str = "cpu", threads: int | None = None, memory: str | int = "1GiB", seed: int | None = None,
-    shard_size: str | int = "5GB", on_extra: str = "error", on_nonfinite: str = "error", force: bool = False,
+    shard_size: str | int | None = None, on_extra: str = "error", on_nonfinite: str = "error", force: bool = False,
     strict: bool = False, card: bool = True,
 ) -> Options:  # fmt: skip
     """Check every option; UsageError with all that is wrong."""
@@ -48,7 +51,8 @@ def options_of(
         problems.append(f"on_nonfinite must be error, warn or allow, not {on_nonfinite!r}")
     if device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", device):
         problems.append(f"device must be cpu, cuda or cuda:N, not {device!r}")
-    budget, shard = _size(memory, "memory", problems), _size(shard_size, "shard_size", problems)
+    budget = _size(memory, "memory", problems)
+    shard = None if shard_size is None else _size(shard_size, "shard_size", problems)
     if budget < LEAST_MEMORY and not problems:
         problems.append(f"memory must be at least 256MiB, not {memory}")
     UsageError.gather(problems)

@@ -19,7 +19,7 @@ from ..methods import Method, Tensor, get
 from ..recipe import Recipe, not_yet, parse, parse_mapping, single
 from .inputs import Inputs, side_files
 from .layout import Layout, Piece, Source, layout
-from .options import BASELINE, Options, options_of
+from .options import BASELINE, SHARD_SIZE, Options, options_of
 from .parameters import check_counts
 from .settings import Resolver, check_settings, unmatched_filters, whole_model_values
 from .tiles import TILE
@@ -74,6 +74,12 @@ class Plan:
         """Bytes read from the inputs; what a statistic reads again comes from the system's page cache."""
         again = sum(self.passes)
         return sum(output.input_bytes * (1 if output.tensor is None else 1 + again) for output in self.outputs)
+
+    @property
+    def shard_size(self) -> int:
+        """Bytes per weight file: the caller's, else the recipe's, else 5 GB."""
+        recipes = self.recipe.output.shard_size if self.recipe.output else None
+        return self.options.shard_size or recipes or SHARD_SIZE
 
     @property
     def bytes_written(self) -> int:

@@ -54,7 +54,7 @@ def merge(recipe: RecipeLike, out: str | Path, *, progress: Progress | None = No
     ----------
     recipe: path to a YAML file, a mapping of the same content, or parsed recipes.
     out: a folder that does not exist yet, or is empty.
-    options: device ("cpu", "cuda"), threads, memory ("1GiB"), seed, shard_size ("5GB"), on_extra
+    options: device ("cpu", "cuda"), threads, memory ("1GiB"), seed, shard_size ("5GB"; default: the recipe's), on_extra
         ("error", "copy", "drop": a tensor that only some models have), on_nonfinite ("error", "warn",
         "allow"), force (merge models that do not share a backbone), strict (warnings are errors), card.
 
@@ -124,7 +124,7 @@ def _differing_integers(output: Output) -> list[str]:
 
 def _write_weights(plan: Plan, folder: Path, progress: Progress, warn: Callable[[str], None]) -> dict[str, Any]:
     """Merge and write every tensor; returns name -> dtype, shape, file, sha256."""
-    shards = plan_shards([TensorInfo(o.name, o.dtype, o.shape) for o in plan.outputs], plan.options.shard_size)
+    shards = plan_shards([TensorInfo(o.name, o.dtype, o.shape) for o in plan.outputs], plan.shard_size)
     writer = CheckpointWriter(folder, shards)
     try:
         sink = DiskSink(writer, [output.name for output in plan.outputs])
