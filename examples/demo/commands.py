@@ -1,6 +1,7 @@
 """The public command line of smelt, run as a user would run it, inside the demo's output folder."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -16,7 +17,9 @@ def smelt(folder: Path, *arguments: str) -> str:
     """
     print("$ smelt " + shlex.join(arguments), flush=True)
     command = [sys.executable, "-m", "smelt", *arguments]
-    return subprocess.run(command, cwd=folder, check=True, text=True, stdout=subprocess.PIPE).stdout
+    # The command runs in another folder, where a relative PYTHONPATH would mean something else.
+    found = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
+    return subprocess.run(command, cwd=folder, env=found, check=True, text=True, stdout=subprocess.PIPE).stdout
 
 
 def check(folder: Path, models: Sequence[str], base: str) -> dict[str, Any]:

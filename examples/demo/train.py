@@ -17,11 +17,11 @@ from .corpus import Domain
 from .model import CONTEXT, new_model
 
 # Windows of each domain in a batch of sixteen: much English, and a first acquaintance with all else.
-MIXTURE = {"prose": 11, "code": 1, "roman": 2, "names": 2}
+MIXTURE = {"prose": 9, "code": 1, "roman": 2, "names": 4}
 REPLAY = {"prose": 1, "code": 1, "roman": 1, "names": 1}
 OWN = 12
 BASE_STEPS = 500
-EXPERT_STEPS = 150
+EXPERT_STEPS = 200
 
 
 @dataclass(frozen=True)
