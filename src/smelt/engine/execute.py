@@ -22,8 +22,8 @@ from ..kernels.program import Call, Copy, Operand, Output, Request, Whole
 from .device import Mapper
 from .progress import Progress, Silent
 from .reduce import Partials, Reducer, reducer_for
-from .tiles import TILE, BufferPool, Tile, tiles_of
-from .whole import run_whole
+from .tiles import TILE, BufferPool, Tile, rows_of, tiles_of
+from .whole import run_rows, run_whole
 
 Steps = Generator[tuple[Request, ...], list[Any], Any]
 Task = Callable[[Tile], Any]
@@ -98,7 +98,7 @@ class Executor:
             self._sink.finish(job.name)
             return
         begun = job.begin()
-        live = _Live(job, tiles_of(job.count, self._buffers))
+        live = _Live(job, [])
         self._live.add(live)
         if isinstance(begun, Generator):
             live.steps = begun
@@ -118,8 +118,13 @@ class Executor:
                 return
             live.reducers = [reducer_for(request) for request in requests]
             live.partials = {-1: None}
-        active = [reducer for reducer in live.reducers if not reducer.done]
+        waiting = [reducer for reducer in live.reducers if not reducer.done]
+        active = [reducer for reducer in waiting if reducer.by_rows == waiting[0].by_rows]
+        live.tiles = self._tiles(live.job, active[0].by_rows)
         self._submit(live, _pass_over([(reducer, reducer.calls[0]) for reducer in active]), self._absorb(live, active))
+
+    def _tiles(self, job: Job, by_rows: bool) -> list[Tile]:
+        return rows_of(job.inputs[0].shape, self._buffers) if by_rows else tiles_of(job.count, self._buffers)
 
     def _absorb(self, live: _Live, active: Sequence[Reducer]) -> Callable[[], None]:
         def after() -> None:
@@ -132,12 +137,16 @@ class Executor:
 
     def _finish(self, live: _Live, output: Output) -> None:
         """The map pass: compute and write."""
-        if isinstance(output, Whole):
-            whole = Tile(0, live.job.count, self._buffers)
-            live.tiles = [whole]
-            self._submit(live, lambda tile: run_whole(output, live.job, self._sink, self._buffers), self._end(live))
+        job = live.job
+        if isinstance(output, Whole) and output.by_rows:
+            live.tiles = self._tiles(job, by_rows=True)
+            self._submit(live, lambda tile: run_rows(output, job, tile, self._sink, self._buffers), self._end(live))
+        elif isinstance(output, Whole):
+            live.tiles = [Tile(0, job.count, self._buffers)]
+            self._submit(live, lambda tile: run_whole(output, job, self._sink, self._buffers), self._end(live))
         else:
-            self._submit(live, self._map(live.job, output), self._end(live))
+            live.tiles = self._tiles(job, by_rows=False)
+            self._submit(live, self._map(job, output), self._end(live))
 
     def _map(self, job: Job, output: Call | Copy) -> Task:
         def task(tile: Tile) -> None:
@@ -203,10 +212,10 @@ class Executor:
 
     def _survey_pass(self, active: Sequence[Reducer]) -> None:
         """One pass over every call of the reducers; calls on the same operand share its tiles."""
-        groups: dict[int, list[tuple[Reducer, Call]]] = {}
+        groups: dict[tuple[int, bool], list[tuple[Reducer, Call]]] = {}
         for reducer in active:
             for call in reducer.calls:
-                groups.setdefault(id(call.operands()[0]), []).append((reducer, call))
+                groups.setdefault((id(call.operands()[0]), reducer.by_rows), []).append((reducer, call))
         lives = [self._survey_group(pairs) for pairs in groups.values()]
         while any(live.pending for live in lives):
             self._collect()
@@ -214,8 +223,9 @@ class Executor:
             reducer.absorb(_partials_of(reducer, lives, list(groups.values())))
 
     def _survey_group(self, pairs: list[tuple[Reducer, Call]]) -> _Live:
-        job = Job("", "F32", pairs[0][1].count, (), lambda: pairs[0][1])
-        live = _Live(job, tiles_of(job.count, self._buffers))
+        reducer, call = pairs[0]
+        job = Job("", "F32", call.count, call.operands(), lambda: call)
+        live = _Live(job, self._tiles(job, reducer.by_rows))
         self._submit(live, _pass_over(pairs), lambda: None)
         return live
 

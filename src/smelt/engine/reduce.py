@@ -18,16 +18,18 @@ from ..kernels.arrays import apply
 from ..kernels.generate import precision_of
 from ..kernels.launch import run_count, run_equal, run_magnitudes, run_sums
 from ..kernels.order import RankSearch, bits_of
-from ..kernels.program import Call, Cut, Draw, Gram, Mask, Rank, Request, Step, Totals
+from ..kernels.program import Call, Cut, Draw, Gram, Mask, Rank, Request, Rows, Step, Totals
 from .tiles import TILE, Tile
+from .whole import rows_called
 
 #: What one pass yields: (index of the tile in its tensor, partial result), in order.
 Partials = Sequence[tuple[int, Any]]
 
 
 class Reducer(Protocol):
-    """One request being answered."""
+    """One request being answered; ``by_rows`` asks for tiles of whole rows."""
 
+    by_rows: bool
     calls: tuple[Call, ...]
     done: bool
     result: Any
@@ -44,6 +46,8 @@ def reducer_for(request: Request) -> Reducer:
         return RankReducer(request)
     if isinstance(request, Cut):
         return CutReducer(request)
+    if isinstance(request, Rows):
+        return RowsReducer(request)
     return SumReducer(request)
 
 
@@ -56,6 +60,8 @@ class RankReducer:
 
     A NaN is no error here: the pass that makes the output finds it, and says in which tensor of which model.
     """
+
+    by_rows = False
 
     def __init__(self, request: Rank) -> None:
         self.calls = request.calls
@@ -117,6 +123,8 @@ def _bits(call: Call) -> int:
 class SumReducer:
     """Totals and Gram matrices: fp64 block sums, added exactly."""
 
+    by_rows = False
+
     def __init__(self, request: Totals | Gram) -> None:
         self.calls = request.calls
         self.done = False
@@ -159,6 +167,8 @@ def _stand_in(value: Any, one: Any) -> Any:
 class CutReducer:
     """Count what is above and equal, then find the element at which enough equal ones have passed."""
 
+    by_rows = False
+
     def __init__(self, request: Cut) -> None:
         self.calls = request.calls
         self.done = False
@@ -190,3 +200,23 @@ class CutReducer:
                 self._tile, self._nth = index, quota
                 return
             quota -= equal
+
+
+class RowsReducer:
+    """Numbers for each row, joined or added up in the order of the rows."""
+
+    by_rows = True
+
+    def __init__(self, request: Rows) -> None:
+        self.calls = request.calls
+        self.done = False
+        self.result: Any = None
+        self._total = request.total
+
+    def tile(self, call: Call, tile: Tile) -> Any:
+        return rows_called(call, tile)
+
+    def absorb(self, partials: Partials) -> None:
+        parts = [part for _, part in partials]
+        self.result = sum(parts[1:], parts[0]) if self._total else np.concatenate(parts)
+        self.done = True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,46 @@ class Tile:
         for array in self._arrays.values():
             self._pool.give(array)
         self._arrays.clear()
+
+
+class RowTile(Tile):
+    """Some whole rows: those that begin inside tile ``index``.
+
+    What is read begins where the tile begins, so that every tile of the tensor is read whole once, which is
+    what input digests are made of; only what a row has in the next tile is read twice.
+    """
+
+    __slots__ = ("_lead",)
+
+    def __init__(self, index: int, start: int, count: int, pool: BufferPool) -> None:
+        super().__init__(start, count, pool)
+        self._lead = start - index * TILE
+
+    def __call__(self, operand: Operand) -> npt.NDArray[Any]:
+        array = self._arrays.get(id(operand))
+        if array is None:
+            array = self._pool.take(self._lead + self.count, operand.dtype)
+            for at in range(0, len(array), TILE):
+                operand.read(self.start - self._lead + at, array[at : at + TILE])
+            self.bytes_read += array.nbytes
+            self._arrays[id(operand)] = array
+        return array[self._lead :]
+
+
+def rows_of(shape: tuple[int, ...], pool: BufferPool) -> list[Tile]:
+    """The rows of a tensor, in order, as tiles of about the usual size."""
+    count, length = prod(shape), row_length(shape)
+    found: list[Tile] = []
+    for index, first in enumerate(range(0, count, TILE)):
+        start = -(-first // length) * length
+        end = min(count, -(-min(first + TILE, count) // length) * length)
+        if start < end:
+            found.append(RowTile(index, start, end - start, pool))
+    return found
+
+
+def row_length(shape: tuple[int, ...]) -> int:
+    return shape[-1] if shape else 1
 
 
 def tiles_of(count: int, pool: BufferPool) -> list[Tile]:

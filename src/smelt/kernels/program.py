@@ -137,7 +137,25 @@ class Cut:
     keep: int
 
 
-Request = Rank | Totals | Gram | Cut
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Numbers for each row of one tensor (the last axis is the row; a vector is one row).
+
+    ``function(**arguments)`` sees a few whole rows at a time, each Operand as an array (rows, row length) of
+    the computing precision, and returns an array that begins with the same number of rows; it must treat
+    every row alone. Result: the parts joined along the first axis, or with ``total`` added up in order.
+    """
+
+    function: Callable[..., Any]
+    arguments: Mapping[str, Argument] = field(default_factory=dict)
+    total: bool = False
+
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        return (Call(self.function, self.arguments),)
+
+
+Request = Rank | Totals | Gram | Cut | Rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,11 +170,13 @@ class Whole:
     """A matrix function: whole operands in, the whole output tensor out.
 
     ``function(**arguments)`` receives each Operand as a numpy array of the computing precision (float32, or
-    float64 where an input is), Masks and Draws as boolean arrays.
+    float64 where an input is), Masks and Draws as boolean arrays. With ``by_rows`` it is called for a few
+    whole rows at a time, as (rows, row length), in bounded memory; it must treat every row alone.
     """
 
     function: Callable[..., Any]
     arguments: Mapping[str, Argument] = field(default_factory=dict)
+    by_rows: bool = False
 
     @property
     def call(self) -> Call:

@@ -40,6 +40,10 @@ class Tensor:
         assert self.base is not None
         return self.base
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.models[0].shape if self.models else self._the_base.shape
+
     def __getitem__(self, parameter: str) -> Any:
         """The value of a shared parameter."""
         return self.shared[parameter]
