@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,13 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smelt.engine.reduce import CutReducer, RankReducer
+from smelt.engine.execute import Steps
+from smelt.engine.reduce import RankReducer, TopReducer
 from smelt.engine.tiles import BufferPool, Tile
+from smelt.errors import OperationFailed
 from smelt.kernels.launch import run_count
 from smelt.kernels.order import RankSearch
-from smelt.kernels.program import Cut, Rank, call
+from smelt.kernels.program import Quota, Rank, Top, Totals, call
+from smelt.kernels.vocabulary import where
 from smelt.methods.tensors import delta
 
+from .running import run
 from .test_kernels import Memory, identity, operand
 
 
@@ -29,10 +34,7 @@ def search(values: Any, rank: int, guess: tuple[int, int] | None = None, chunks:
         counts, below = np.zeros(work.bins, np.uint32), 0
         for part in parts:
             source = Memory(np.ascontiguousarray(part), "F32")
-            more, _nan = run_count(
-                call(identity, x=source), lambda o: o.stored, 0, part.size, work.low, work.width, counts
-            )
-            below += more
+            below += run_count(call(identity, x=source), lambda o: o.stored, 0, part.size, work.low, work.width, counts)
         if work.absorb(below, counts):
             return work.value
     raise AssertionError("the search did not end")
@@ -94,19 +96,43 @@ def test_nan_ranks_above_all_numbers() -> None:
     tiles = [Tile(start, min(1 << 19, values.size - start), pool) for start in range(0, values.size, 1 << 19)]
     found = [finish(RankReducer(Rank(work, rank)), tiles) for rank in (10, values.size - 1, values.size)]
     assert found == [1.0, 1.0, np.inf]
-    assert finish(CutReducer(Cut(work, 1.0, 1)), tiles) == 0
+    assert finish(TopReducer(Top(work[0], 1)), tiles) == np.inf
 
 
-@settings(max_examples=40, deadline=None)
-@given(values=st.lists(st.sampled_from([0.0, 1.0, -1.0, 2.0]), min_size=1, max_size=50), data=st.data())
-def test_cut_keeps_exactly_so_many_lowest_index_first(values: list[float], data: st.DataObject) -> None:
-    array = np.array(values, np.float32)
-    keep = data.draw(st.integers(1, len(values)))
-    magnitudes = np.abs(array)
-    bar = float(np.sort(magnitudes)[len(values) - keep])
-    work = call(identity, x=Memory(array, "F32"))
-    cut = finish(CutReducer(Cut((work,), bar, keep)), [Tile(0, array.size, BufferPool())])
-    kept = np.where(np.arange(array.size) < cut, magnitudes >= bar, magnitudes > bar)
-    assert kept.sum() == keep
-    order = np.lexsort((np.arange(array.size), -magnitudes))
-    assert set(np.flatnonzero(kept)) == set(order[:keep])
+@pytest.mark.parametrize("code", ["BF16", "F32", "F64"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_top_keeps_exactly_so_many_lowest_index_first(code: str, threads: int) -> None:
+    """Four tiles, and many equal magnitudes wherever the bar falls."""
+    values = np.random.default_rng(5).integers(-3, 4, 2_000_000).astype(np.float64)
+    order = np.lexsort((np.arange(values.size), -np.abs(values)))
+    for keep in (1, 7, 300_000, 900_000, 1_999_999, 2_000_000):
+        kept = run(partial(top, keep=keep), operand(values, code), threads)
+        assert set(np.flatnonzero(kept)) == set(order[:keep])
+
+
+def top(x: Any, keep: int) -> Steps:
+    (bar,) = yield (Top(call(identity, x=x), keep),)
+    (count,) = yield (Totals((call(passing_one, x=x, bar=bar),)),)
+    assert count == [keep]
+    return call(passing, x=x, bar=bar)
+
+
+def passing(x: Any, bar: Any) -> Any:
+    return where(abs(x) >= bar, 1, 0)
+
+
+def passing_one(x: Any, bar: Any) -> Any:
+    return (passing(x, bar),)
+
+
+def test_a_failing_tile_lets_no_other_wait() -> None:
+    values = np.zeros(3_000_000, np.float32)
+    values[10] = np.nan
+    with pytest.raises(OperationFailed, match="NaN or Inf"):
+        run(top_half, Memory(values, "F32"), 3)
+
+
+def top_half(x: Any) -> Steps:
+    (bar,) = yield (Top(call(identity, x=x), 1_500_000),)
+    assert isinstance(bar, Quota)
+    return call(passing, x=x, bar=bar)

@@ -10,36 +10,22 @@ import numpy.typing as npt
 import pytest
 
 import smelt
-from smelt.engine.device import mapper_for
-from smelt.engine.execute import Executor, Job, Steps
+from smelt.engine.execute import Steps
 from smelt.engine.operands import CheckpointOperand, Ledger
 from smelt.engine.tiles import TILE
 from smelt.kernels.broadcast import PerColumn, PerRow
 from smelt.kernels.program import Call, Output, Rows, Totals, Whole, call
 from smelt.methods.tensors import identity
 
+from .running import run
+
 SHAPES = [(), (5,), (3, 7), (1_200_000,), (2000, 700), (3, 700_000), (TILE, 2), (40, 30, 1100)]
-
-
-class _Collected:
-    def __init__(self, count: int) -> None:
-        self.values = np.full(count, np.nan, np.float32)
-
-    def write(self, name: str, start: int, array: npt.NDArray[Any], release: Callable[[], None]) -> None:
-        self.values[start : start + len(array)] = array
-        release()
-
-    def finish(self, name: str) -> None:
-        pass
 
 
 def ran(method: Callable[[Any], Steps | Output], values: npt.NDArray[Any], threads: int = 2) -> tuple[Any, Ledger]:
     ledger = Ledger()
     operand = CheckpointOperand(smelt.load({"x": values}, label="model"), "x", ledger)
-    sink = _Collected(values.size)
-    with Executor(sink, mapper_for("cpu", "error", print), threads=threads) as executor:
-        executor.run([Job("x", "F32", values.size, [operand], lambda: method(operand))])
-    return sink.values.reshape(values.shape), ledger
+    return run(method, operand, threads), ledger
 
 
 def values_of(shape: tuple[int, ...]) -> npt.NDArray[np.float32]:

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from ..kernels.program import Call, Copy, Operand, Output, Request, Whole
 from .device import Mapper
 from .progress import Progress, Silent
+from .quota import Quotas
 from .reduce import Partials, Reducer, reducer_for
 from .tiles import TILE, BufferPool, Tile, rows_of, tiles_of
 from .whole import run_rows, run_whole
@@ -59,6 +60,7 @@ class _Live:
     steps: Steps | None = None
     reducers: list[Reducer] = field(default_factory=list)
     partials: dict[int, Any] = field(default_factory=dict)
+    quotas: Quotas = field(default_factory=Quotas)
     pending: int = 0
     after: Callable[[], None] = lambda: None
 
@@ -121,7 +123,8 @@ class Executor:
         waiting = [reducer for reducer in live.reducers if not reducer.done]
         active = [reducer for reducer in waiting if reducer.by_rows == waiting[0].by_rows]
         live.tiles = self._tiles(live.job, active[0].by_rows)
-        self._submit(live, _pass_over([(reducer, reducer.calls[0]) for reducer in active]), self._absorb(live, active))
+        pairs = [(reducer, reducer.calls[0]) for reducer in active]
+        self._submit(live, _pass_over(pairs, live.quotas), self._absorb(live, active))
 
     def _tiles(self, job: Job, by_rows: bool) -> list[Tile]:
         return rows_of(job.inputs[0].shape, self._buffers) if by_rows else tiles_of(job.count, self._buffers)
@@ -146,12 +149,13 @@ class Executor:
             self._submit(live, lambda tile: run_whole(output, job, self._sink, self._buffers), self._end(live))
         else:
             live.tiles = self._tiles(job, by_rows=False)
-            self._submit(live, self._map(job, output), self._end(live))
+            self._submit(live, self._map(job, output, live.quotas), self._end(live))
 
-    def _map(self, job: Job, output: Call | Copy) -> Task:
+    def _map(self, job: Job, output: Call | Copy, quotas: Quotas) -> Task:
         def task(tile: Tile) -> None:
             out = self._buffers.take(tile.count, job.dtype)
-            self._mapper(job.name, output, job.dtype, tile, out)
+            made = quotas.resolved(output, tile) if isinstance(output, Call) else output
+            self._mapper(job.name, made, job.dtype, tile, out)
             self._sink.write(job.name, tile.start, out, lambda: self._buffers.give(out))
             self._progress.advance(out.nbytes)
 
@@ -184,6 +188,7 @@ class Executor:
             self._done.put((live, index, result, None))
         except BaseException as error:
             self._done.put((live, index, None, error))
+            live.quotas.abort()
 
     def _collect(self) -> None:
         """Take one finished tile; move its tensor on when it was the last of the pass."""
@@ -226,13 +231,13 @@ class Executor:
         reducer, call = pairs[0]
         job = Job("", "F32", call.count, call.operands(), lambda: call)
         live = _Live(job, self._tiles(job, reducer.by_rows))
-        self._submit(live, _pass_over(pairs), lambda: None)
+        self._submit(live, _pass_over(pairs, live.quotas), lambda: None)
         return live
 
 
-def _pass_over(pairs: Sequence[tuple[Reducer, Call]]) -> Task:
+def _pass_over(pairs: Sequence[tuple[Reducer, Call]], quotas: Quotas) -> Task:
     """The partial results of one tile, in the order of ``pairs``."""
-    return lambda tile: [reducer.tile(call, tile) for reducer, call in pairs]
+    return lambda tile: [reducer.tile(quotas.resolved(call, tile), tile) for reducer, call in pairs]
 
 
 def _partials_of(reducer: Reducer, lives: list[_Live], groups: list[list[tuple[Reducer, Call]]]) -> Partials:

@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from ..kernels.arrays import apply
 from ..kernels.generate import precision_of
-from ..kernels.launch import run_count, run_equal, run_magnitudes, run_sums
-from ..kernels.order import RankSearch, bits_of
-from ..kernels.program import Call, Cut, Draw, Gram, Mask, Rank, Request, Rows, Step, Totals
+from ..kernels.launch import run_count, run_magnitudes, run_sums
+from ..kernels.order import RankSearch
+from ..kernels.program import Call, Draw, Gram, Mask, Quota, Rank, Request, Rows, Step, Top, Totals
 from .tiles import TILE, Tile
 from .whole import rows_called
 
@@ -44,8 +44,8 @@ class Reducer(Protocol):
 def reducer_for(request: Request) -> Reducer:
     if isinstance(request, Rank):
         return RankReducer(request)
-    if isinstance(request, Cut):
-        return CutReducer(request)
+    if isinstance(request, Top):
+        return TopReducer(request)
     if isinstance(request, Rows):
         return RowsReducer(request)
     return SumReducer(request)
@@ -66,7 +66,7 @@ class RankReducer:
     def __init__(self, request: Rank) -> None:
         self.calls = request.calls
         self.done = False
-        self.result = 0.0
+        self.result: Any = 0.0
         self._population = sum(call.count for call in self.calls)
         self._run = max(64, min(TILE, _SAMPLE * TILE // self._population))
         self._sampled = False
@@ -79,8 +79,7 @@ class RankReducer:
             count = min(self._run, tile.count)
             return run_magnitudes(call, tile.window(count), tile.start, count)
         search = self._search
-        below, _ = run_count(call, tile, tile.start, tile.count, search.low, search.width, self._counters())
-        return below
+        return run_count(call, tile, tile.start, tile.count, search.low, search.width, self._counters())
 
     def _counters(self) -> npt.NDArray[np.uint32]:
         """This thread's own counters: counts may be added up in any order."""
@@ -97,8 +96,8 @@ class RankReducer:
             return
         counts = np.add.reduce(list(self._counts.values()), dtype=np.int64 if self._population >> 32 else np.uint32)
         self._counts.clear()
-        self.done = self._search.absorb(sum(below for _, below in partials), counts)
-        self.result = self._found()
+        if self._search.absorb(sum(below for _, below in partials), counts):
+            self._end()
 
     def _start(self, sample: npt.NDArray[Any]) -> None:
         """A sample that is the whole answers at once; any other sets the first window."""
@@ -106,14 +105,28 @@ class RankReducer:
         if len(sample) < self._population:
             self._search.guess(sample, self._population)
             return
-        rank = self._search.rank - 1
-        self._search.low = int(np.partition(sample, rank)[rank])
-        self.result, self.done = self._found(), True
+        self._search.settle(sample)
+        self._end()
 
-    def _found(self) -> float:
+    def _end(self) -> None:
+        self.done = True
+        self.result = self._answer(self._search)
+
+    def _answer(self, search: RankSearch) -> Any:
         """The magnitude. NaN ranks above all numbers, and as a bar would keep nothing, as infinity does."""
-        value = self._search.value
-        return math.inf if math.isnan(value) else value
+        return math.inf if math.isnan(search.value) else search.value
+
+
+class TopReducer(RankReducer):
+    """The same search; equal magnitudes at the bar may not all be wanted."""
+
+    def __init__(self, request: Top) -> None:
+        super().__init__(Rank(request.calls, request.call.count - request.keep + 1))
+
+    def _answer(self, search: RankSearch) -> Any:
+        wanted = search.equal - search.place + 1
+        some = wanted < search.equal and not math.isnan(search.value)
+        return Quota(self.calls[0], search.value, wanted) if some else super()._answer(search)
 
 
 def _bits(call: Call) -> int:
@@ -161,45 +174,7 @@ def _stand_in(value: Any, one: Any) -> Any:
         return tuple(_stand_in(item, one) for item in value)
     if isinstance(value, bool | Draw | Mask):
         return True
-    return 1.0 if isinstance(value, int | float | Step) else one
-
-
-class CutReducer:
-    """Count what is above and equal, then find the element at which enough equal ones have passed."""
-
-    by_rows = False
-
-    def __init__(self, request: Cut) -> None:
-        self.calls = request.calls
-        self.done = False
-        self.result = request.calls[0].count
-        self._keep = request.keep
-        self._wanted = bits_of(request.magnitude, _bits(request.calls[0]))
-        self._tile, self._nth = -1, 0
-
-    def tile(self, call: Call, tile: Tile) -> Any:
-        if self._tile < 0:
-            return run_equal(call, tile, tile.start, tile.count, self._wanted)
-        if tile.start != self._tile * TILE:
-            return None
-        equal = np.flatnonzero(run_magnitudes(call, tile, tile.start, tile.count) == self._wanted)
-        return tile.start + int(equal[self._nth - 1]) + 1
-
-    def absorb(self, partials: Partials) -> None:
-        if self._tile >= 0:
-            self.result = next(part for _, part in partials if part is not None)
-            self.done = True
-            return
-        quota = max(0, self._keep - sum(above for _, (above, _) in partials))
-        if not quota:
-            self.result, self.done = 0, True
-            return
-        self.done = quota >= sum(equal for _, (_, equal) in partials)
-        for index, (_, equal) in partials:
-            if quota <= equal:
-                self._tile, self._nth = index, quota
-                return
-            quota -= equal
+    return 1.0 if isinstance(value, int | float | Step | Quota) else one
 
 
 class RowsReducer:

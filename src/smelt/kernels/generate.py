@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .dtypes import DTYPES
-from .program import SUM_BLOCK, Call, Draw, Mask, Step
+from .program import SUM_BLOCK, Call, Draw, Mask, Quota, Step
 from .source import Formula, source_of
 
 Kinds = tuple[tuple[str, Any], ...]
@@ -52,7 +52,7 @@ def _kind(value: Any) -> Any:
         return tuple(_kind(item) for item in value)
     if isinstance(value, bool):
         return str(value)
-    if isinstance(value, int | float | Step):
+    if isinstance(value, int | float | Step | Quota):
         return "value"
     if isinstance(value, Draw):
         return "draw"
@@ -174,11 +174,10 @@ def _count(arguments: _Arguments, out: str) -> _Body:
     branch is rarely taken: below ``bottom`` the difference wraps round to a huge number.
     """
     kind = magnitude_of(arguments.precision)
-    nan = "0x7F800000" if kind == "uint32" else "0x7FF0000000000000"
-    body = [f"u = {_magnitude(arguments)}", f"nan |= u > {kind}({nan})", "below += u < bottom", "above[i] = u - bottom"]
+    body = [f"u = {_magnitude(arguments)}", "below += u < bottom", "above[i] = u - bottom"]
     fill = ["for i in range(count):", "    if above[i] < span:", "        histogram[above[i] >> width] += 1"]
-    lines = [f"below, nan, span = 0, False, {kind}(histogram.shape[0] << width)"]
-    lines += [*_loop(arguments, body, after=fill), "result[0], result[1] = below, 1 if nan else 0"]
+    lines = [f"below, span = 0, {kind}(histogram.shape[0] << width)"]
+    lines += [*_loop(arguments, body, after=fill), "result[0] = below"]
     leading = [("start", "int64"), ("count", "int64"), ("bottom", kind), ("width", kind), ("histogram", "[uint32]")]
     return _Body(leading, lines, [*arguments.words, ("above", kind, _BLOCK)])
 
@@ -191,9 +190,8 @@ def _sample(arguments: _Arguments, out: str) -> _Body:
 
 
 def _equal(arguments: _Arguments, out: str) -> _Body:
-    """How many |value| lie above the bits ``wanted``, and how many have exactly these."""
-    body = [f"u = {_magnitude(arguments)}", "above += u > wanted", "equal += u == wanted"]
-    lines = ["above, equal = 0, 0", *_loop(arguments, body), "result[0], result[1] = above, equal"]
+    """How many |value| have exactly the bits ``wanted``."""
+    lines = ["equal = 0", *_loop(arguments, [f"equal += {_magnitude(arguments)} == wanted"]), "result[0] = equal"]
     leading = [("start", "int64"), ("count", "int64"), ("wanted", magnitude_of(arguments.precision))]
     return _Body(leading, lines, arguments.words)
 

@@ -34,25 +34,22 @@ def run_map(call: Call, dtype: str, arrays: Arrays, start: int, out: npt.NDArray
 
 def run_count(
     call: Call, arrays: Arrays, start: int, count: int, low: int, width: int, counts: npt.NDArray[Any]
-) -> tuple[int, bool]:
-    """Add the magnitudes of one tile to ``counts``; returns (how many lie below ``low``, NaN seen)."""
+) -> int:
+    """Add the magnitudes of one tile to ``counts``; returns how many lie below ``low``."""
     kernel = kernel_for("count", call)
-    below, nan = 0, False
-    for first, last in pieces(call, start, count):
-        bound = _bind(call, arrays, start, first, last)
-        more, bad = kernel(start + first, last - first, low, width, counts, *bound)
-        below, nan = below + more, nan or bool(bad)
-    return below, nan
-
-
-def run_equal(call: Call, arrays: Arrays, start: int, count: int, wanted: int) -> tuple[int, int]:
-    """How many magnitudes of the tile lie above the bits ``wanted``, and how many have exactly these."""
-    kernel = kernel_for("equal", call)
-    counts = [
-        kernel(start + first, last - first, wanted, *_bind(call, arrays, start, first, last))
+    return sum(
+        kernel(start + first, last - first, low, width, counts, *_bind(call, arrays, start, first, last))[0]
         for first, last in pieces(call, start, count)
-    ]
-    return sum(above for above, _ in counts), sum(equal for _, equal in counts)
+    )
+
+
+def run_equal(call: Call, arrays: Arrays, start: int, count: int, wanted: int) -> int:
+    """How many magnitudes of the tile have exactly the bits ``wanted``."""
+    kernel = kernel_for("equal", call)
+    return sum(
+        kernel(start + first, last - first, wanted, *_bind(call, arrays, start, first, last))[0]
+        for first, last in pieces(call, start, count)
+    )
 
 
 def run_magnitudes(call: Call, arrays: Arrays, start: int, count: int) -> npt.NDArray[Any]:

@@ -33,22 +33,25 @@ def _locate(counts: npt.NDArray[Any], rank: int) -> tuple[int, int]:
 class RankSearch:
     """Narrow a window of magnitude bits until it is the single value of ``rank`` (1-based).
 
-    ``bits`` is 31 for float32 values and 63 for float64.
+    ``bits`` is 31 for float32 values and 63 for float64. In the end ``equal`` magnitudes are the value found,
+    of which the one of ``rank`` is the ``place``-th (1-based).
     """
 
     rank: int
     bits: int = 31
     low: int = 0
     high: int = field(default=0)
+    equal: int = 0
+    place: int = 0
 
     def __post_init__(self) -> None:
         self.high = self.high or 1 << self.bits
 
     def guess(self, sample: npt.NDArray[Any], population: int) -> None:
-        """Start from the window that a sample of magnitude bits suggests, six standard errors wide."""
+        """Start from the window that a sample of magnitude bits suggests, four standard errors to each side."""
         size = len(sample)
         share = self.rank / population
-        margin = 6 * sqrt(max(share * (1 - share), 1 / size) / size)
+        margin = 4 * sqrt(max(share * (1 - share), 1 / size) / size)
         first, last = int((share - margin) * size), int((share + margin) * size) + 1
         ordered = np.partition(sample, [max(0, first), min(size - 1, last)])
         self.low = int(ordered[first]) if first > 0 else 0
@@ -78,11 +81,18 @@ class RankSearch:
     def _narrow(self, rank: int, blocks: npt.NDArray[np.int64], counts: npt.NDArray[Any]) -> bool:
         """Move to the bin of ``rank`` within the window; ``blocks`` are sums of _BLOCK counts each."""
         block, rank = _locate(blocks, rank)
-        inner, _ = _locate(counts[block * _BLOCK : (block + 1) * _BLOCK], rank)
+        inner, self.place = _locate(counts[block * _BLOCK : (block + 1) * _BLOCK], rank)
         width, bin_index = self.width, block * _BLOCK + inner
+        self.equal = int(counts[bin_index])
         self.low += bin_index << width
         self.high = min(self.high, self.low + (1 << width))
         return width == 0
+
+    def settle(self, everything: npt.NDArray[Any]) -> None:
+        """Find the value among all magnitude bits at once."""
+        self.low = int(np.partition(everything, self.rank - 1)[self.rank - 1])
+        self.equal = int((everything == self.low).sum())
+        self.place = self.rank - int((everything < self.low).sum())
 
     @property
     def value(self) -> float:

@@ -1,7 +1,7 @@
 """What a method asks for: a formula on operands, and the statistics it needs first.
 
-A method is a coroutine over one tensor. It yields requests (:class:`Rank`, :class:`Totals`, :class:`Gram`,
-:class:`Cut`), receives their results, and returns the :class:`Call` that makes the output, or a
+A method is a coroutine over one tensor. It yields requests (:class:`Rank`, :class:`Top`, :class:`Totals`,
+:class:`Gram`, :class:`Rows`), receives their results, and returns the :class:`Call` that makes the output, or a
 :class:`Whole` where the output needs whole matrices.
 """
 
@@ -60,15 +60,27 @@ class Step:
     cut: int
 
 
-Argument = Any  # Operand | Draw | Mask | float | Step, or a tuple of one of these
+@dataclass(frozen=True, eq=False)
+class Quota:
+    """A threshold that lets ``wanted`` of the elements with |call| equal to ``magnitude`` pass, lowest index first.
+
+    To be compared with >=: it is ``magnitude`` up to the last of these, the next larger number from there on.
+    """
+
+    call: Call
+    magnitude: float
+    wanted: int
+
+
+Argument = Any  # Operand | Draw | Mask | float | Step | Quota, or a tuple of one of these
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
     """``formula`` applied to every element of one tensor.
 
-    An Operand argument reaches the formula as one number, a Draw or Mask as a truth value, a float or Step
-    as a constant of the computing precision, a bool as itself; tuples of these as tuples.
+    An Operand argument reaches the formula as one number, a Draw or Mask as a truth value, a float, Step or
+    Quota as a constant of the computing precision, a bool as itself; tuples of these as tuples.
     """
 
     formula: Formula
@@ -85,7 +97,7 @@ class Call:
         found: dict[int, Operand] = {}
         for item in self.items():
             operand = item.operand if isinstance(item, Mask) else item
-            if not isinstance(operand, int | float | Draw | Step):
+            if not isinstance(operand, int | float | Draw | Step | Quota):
                 found.setdefault(id(operand), operand)
         return list(found.values())
 
@@ -108,6 +120,22 @@ class Rank:
 
 
 @dataclass(frozen=True, eq=False)
+class Top:
+    """The threshold at and above which exactly the ``keep`` largest |value| of ``call`` lie, 1 <= keep <= count.
+
+    Of equal magnitudes the lowest indices are kept. Result: the float, or a Quota where only some of the equal
+    ones are wanted: an argument of this tensor's formulas.
+    """
+
+    call: Call
+    keep: int
+
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        return (self.call,)
+
+
+@dataclass(frozen=True, eq=False)
 class Totals:
     """The sum of each number that the formula returns, in fp64, over all ``calls``. Result: list[float]."""
 
@@ -122,19 +150,6 @@ class Gram:
     """
 
     calls: tuple[Call, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Cut:
-    """The element before which values equal to ``magnitude`` count as kept, so that ``keep`` are kept in all.
-
-    Kept are all |value| above ``magnitude`` and, lowest index first, as many equal ones as are still wanted.
-    Result: int; the number of elements when every equal one is wanted.
-    """
-
-    calls: tuple[Call, ...]
-    magnitude: float
-    keep: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +170,7 @@ class Rows:
         return (Call(self.function, self.arguments),)
 
 
-Request = Rank | Totals | Gram | Cut | Rows
+Request = Rank | Top | Totals | Gram | Rows
 
 
 @dataclass(frozen=True, eq=False)

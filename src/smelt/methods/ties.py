@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from ..kernels.program import Call, Copy, Cut, Rank, Step, Totals, call
+from ..kernels.program import Call, Copy, Rank, Top, Totals, call
 from ..kernels.vocabulary import sign, where
 from .registry import EXCLUDE, LAMBDA, SCOPE, Citation, Method, Parameter, Steps, weight_parameter
 from .task_arithmetic import INT8_MASK
@@ -394,13 +394,8 @@ def exact_share(tensor: Tensor) -> Steps:
     """Thresholds that keep exactly max(1, int(density n)) elements: lowest index first among equals."""
     count, densities = tensor.count, tensor.each["density"]
     wanted = {i: max(1, int(d * count)) for i, d in enumerate(densities) if 0 < d < 1}
-    calls = {i: (call(delta, base=tensor.base, model=tensor.models[i]),) for i in wanted}
-    found = yield tuple(Rank(calls[i], count - wanted[i] + 1) for i in wanted)
+    found = yield tuple(Top(call(delta, base=tensor.base, model=tensor.models[i]), keep) for i, keep in wanted.items())
     bars = dict(zip(wanted, found, strict=True))
-    cuts = yield tuple(Cut(calls[i], bars[i], wanted[i]) for i in wanted)
-    for index, cut in zip(wanted, cuts, strict=True):
-        above = float(np.nextafter(np.float32(bars[index]), np.float32(np.inf)))
-        bars[index] = bars[index] if cut >= count else Step(bars[index], above, cut)
     return tuple(bars.get(i, 0.0 if density >= 1 else float("inf")) for i, density in enumerate(densities))
 
 
@@ -442,7 +437,7 @@ def rescaled(
 def passes(parameters: dict[str, Any]) -> tuple[int, int]:
     """Whole-model and per-tensor passes over the data before the output is made."""
     if parameters.get("variant") == "mergekit":
-        return 0, 2 + int(bool(parameters.get("rescale")))
+        return 0, 1 + int(bool(parameters.get("rescale")))
     extra = 1 + (parameters["sign"] in ("normfrac", "normmass"))
     trim = {"none": 0, "std": 1, "nf": 11, "topk": 1}[parameters["trim"]]
     return (trim + extra, 0) if parameters["scope"] == "model" else (0, trim + extra)

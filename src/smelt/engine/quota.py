@@ -1,0 +1,101 @@
+"""Which of several equal magnitudes are kept: the first ones, so tiles have to know what came before them.
+
+Every tile counts its own equal magnitudes, then takes the count of all tiles before it. Tiles are started in
+order, so whoever waits waits for tiles that are already running.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ..errors import OperationFailed
+from ..kernels.generate import precision_of
+from ..kernels.launch import run_equal, run_magnitudes
+from ..kernels.order import bits_of
+from ..kernels.program import Call, Quota, Step
+from .tiles import TILE, Tile
+
+
+class Quotas:
+    """The quotas of one tensor's formulas, over all of its passes."""
+
+    def __init__(self) -> None:
+        self._counters: dict[int, _Counter] = {}
+        self._lock = threading.Lock()
+        self._aborted = False
+
+    def resolved(self, call: Call, tile: Tile) -> Call:
+        """``call`` with what each quota comes to in this tile."""
+        if not any(isinstance(item, Quota) for item in call.items()):
+            return call
+        return replace(call, arguments={name: self._value(value, tile) for name, value in call.arguments.items()})
+
+    def _value(self, value: Any, tile: Tile) -> Any:
+        if isinstance(value, tuple):
+            return tuple(self._value(item, tile) for item in value)
+        return self._counter(value).value(tile) if isinstance(value, Quota) else value
+
+    def _counter(self, quota: Quota) -> _Counter:
+        with self._lock:
+            if self._aborted:
+                raise OperationFailed("stopped, because another part of the tensor failed")
+            return self._counters.setdefault(id(quota), _Counter(quota))
+
+    def abort(self) -> None:
+        """A tile failed: the tiles that wait for its count must not wait any longer."""
+        with self._lock:
+            self._aborted = True
+        for counter in self._counters.values():
+            counter.abort()
+
+
+class _Counter:
+    """The equal magnitudes seen so far, tile by tile."""
+
+    def __init__(self, quota: Quota) -> None:
+        kind = np.float64 if precision_of(quota.call) == "float64" else np.float32
+        self._quota = quota
+        self._bits = bits_of(quota.magnitude, 63 if kind is np.float64 else 31)
+        self._above = float(np.nextafter(kind(quota.magnitude), kind(np.inf)))
+        self._before = {0: 0}  # index of a tile -> equal magnitudes before it
+        self._values: dict[int, float | Step] = {}
+        self._changed = threading.Condition()
+        self._aborted = False
+
+    def value(self, tile: Tile) -> float | Step:
+        """The threshold in this tile, as it must be compared with >=."""
+        index = tile.start // TILE
+        if index not in self._values:
+            call, quota = self._quota.call, self._quota
+            spent = self._before.get(index, 0) >= quota.wanted
+            equal = 0 if spent else run_equal(call, tile, tile.start, tile.count, self._bits)
+            self._values[index] = self._threshold(tile, self._passed(index, equal), equal)
+        return self._values[index]
+
+    def _passed(self, index: int, equal: int) -> int:
+        with self._changed:
+            self._changed.wait_for(lambda: index in self._before or self._aborted)
+            if self._aborted:
+                raise OperationFailed("stopped, because another part of the tensor failed")
+            self._before[index + 1] = self._before[index] + equal
+            self._changed.notify_all()
+            return self._before[index]
+
+    def _threshold(self, tile: Tile, passed: int, equal: int) -> float | Step:
+        left = self._quota.wanted - passed
+        if left <= 0:
+            return self._above
+        if equal <= left:
+            return self._quota.magnitude
+        bits = run_magnitudes(self._quota.call, tile, tile.start, tile.count)
+        last = int(np.flatnonzero(bits == self._bits)[left - 1])
+        return Step(self._quota.magnitude, self._above, tile.start + last + 1)
+
+    def abort(self) -> None:
+        with self._changed:
+            self._aborted = True
+            self._changed.notify_all()
