@@ -23,6 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``smelt`` with ``arguments`` (default: the process's own) and return the exit code."""
     settings = Settings()
     _use_utf8()
+    # numpy's linear algebra starts its threads when it is imported: smelt's own threads are enough, each with one
+    # matrix, and a matrix product then never depends on how many there are.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         with _signals():
             code = _run(arguments, settings)

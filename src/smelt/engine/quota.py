@@ -43,7 +43,9 @@ class Quotas:
         with self._lock:
             if self._aborted:
                 raise OperationFailed("stopped, because another part of the tensor failed")
-            return self._counters.setdefault(id(quota), _Counter(quota))
+            if id(quota) not in self._counters:
+                self._counters[id(quota)] = _Counter(quota)
+            return self._counters[id(quota)]
 
     def abort(self) -> None:
         """A tile failed: the tiles that wait for its count must not wait any longer."""
