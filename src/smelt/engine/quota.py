@@ -11,13 +11,17 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import OperationFailed
 from ..kernels.generate import precision_of
 from ..kernels.launch import run_equal, run_magnitudes
 from ..kernels.order import bits_of
-from ..kernels.program import Call, Quota, Step
+from ..kernels.program import Call, Operand, Quota, Step
+from ..kernels.random import BLOCK
 from .tiles import TILE, Tile
+
+_NONE = np.zeros(1, np.int64)
 
 
 class Quotas:
@@ -74,8 +78,8 @@ class _Counter:
         if index not in self._values:
             call, quota = self._quota.call, self._quota
             spent = self._before.get(index, 0) >= quota.wanted
-            equal = 0 if spent else run_equal(call, tile, tile.start, tile.count, self._bits)
-            self._values[index] = self._threshold(tile, self._passed(index, equal), equal)
+            blocks = _NONE if spent else run_equal(call, tile, tile.start, tile.count, self._bits)
+            self._values[index] = self._threshold(tile, self._passed(index, int(blocks.sum())), blocks)
         return self._values[index]
 
     def _passed(self, index: int, equal: int) -> int:
@@ -87,15 +91,26 @@ class _Counter:
             self._changed.notify_all()
             return self._before[index]
 
-    def _threshold(self, tile: Tile, passed: int, equal: int) -> float | Step:
+    def _threshold(self, tile: Tile, passed: int, blocks: npt.NDArray[np.int64]) -> float | Step:
         left = self._quota.wanted - passed
         if left <= 0:
             return self._above
-        if equal <= left:
+        totals = blocks.cumsum()
+        if totals[-1] <= left:
             return self._quota.magnitude
-        bits = run_magnitudes(self._quota.call, tile, tile.start, tile.count)
-        last = int(np.flatnonzero(bits == self._bits)[left - 1])
-        return Step(self._quota.magnitude, self._above, tile.start + last + 1)
+        block = int(np.searchsorted(totals, left))
+        left -= int(totals[block - 1]) if block else 0
+        return Step(self._quota.magnitude, self._above, self._nth_equal(tile, block * BLOCK, left) + 1)
+
+    def _nth_equal(self, tile: Tile, first: int, nth: int) -> int:
+        """The index of the ``nth`` equal magnitude in the block of the tile that begins at ``first``."""
+        count = min(BLOCK, tile.count - first)
+
+        def block(operand: Operand) -> npt.NDArray[Any]:
+            return tile(operand)[first : first + count]
+
+        bits = run_magnitudes(self._quota.call, block, tile.start + first, count)
+        return tile.start + first + int(np.flatnonzero(bits == self._bits)[nth - 1])
 
     def abort(self) -> None:
         with self._changed:

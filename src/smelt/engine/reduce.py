@@ -17,7 +17,7 @@ import numpy.typing as npt
 from ..kernels.arrays import apply
 from ..kernels.generate import precision_of
 from ..kernels.launch import run_count, run_magnitudes, run_sums
-from ..kernels.order import RankSearch
+from ..kernels.order import MAX_BINS, RankSearch
 from ..kernels.program import Call, Draw, Gram, Mask, Quota, Rank, Request, Rows, Step, Top, Totals
 from .tiles import TILE, Tile
 from .whole import rows_called
@@ -52,7 +52,28 @@ def reducer_for(request: Request) -> Reducer:
 
 
 #: Elements of a sample that sets the first window of a rank search.
-_SAMPLE = 1 << 16
+_SAMPLE = 1 << 15
+
+
+class _Counters:
+    """Histograms to count in, lent zeroed and taken back: fresh memory would cost a page fault per 4 KB."""
+
+    def __init__(self) -> None:
+        self._free: list[npt.NDArray[np.uint32]] = []
+
+    def take(self, bins: int) -> npt.NDArray[np.uint32]:
+        try:
+            counts = self._free.pop()[:bins]
+        except IndexError:
+            return np.zeros(MAX_BINS, np.uint32)[:bins]
+        counts[:] = 0
+        return counts
+
+    def give(self, counts: npt.NDArray[np.uint32]) -> None:
+        self._free.append(counts.base)  # type: ignore[arg-type]
+
+
+_COUNTERS = _Counters()
 
 
 class RankReducer:
@@ -68,7 +89,9 @@ class RankReducer:
         self.done = False
         self.result: Any = 0.0
         self._population = sum(call.count for call in self.calls)
-        self._run = max(64, min(TILE, _SAMPLE * TILE // self._population))
+        tiles = sum(-(-call.count // TILE) for call in self.calls)
+        self._runs = max(1, 2 // tiles)
+        self._run = self._population if self._population <= 4 * _SAMPLE else max(64, _SAMPLE // (tiles * self._runs))
         self._sampled = False
         self._search = RankSearch(request.rank, _bits(self.calls[0]))
         self._counts: dict[int, npt.NDArray[np.uint32]] = {}
@@ -76,16 +99,25 @@ class RankReducer:
 
     def tile(self, call: Call, tile: Tile) -> Any:
         if not self._sampled:
-            count = min(self._run, tile.count)
-            return run_magnitudes(call, tile.window(count), tile.start, count)
+            return self._sample(call, tile)
         search = self._search
         return run_count(call, tile, tile.start, tile.count, search.low, search.width, self._counters())
+
+    def _sample(self, call: Call, tile: Tile) -> npt.NDArray[Any]:
+        """Magnitudes from a few places of the tile, because rows differ; of a small tensor all."""
+        step = -(-tile.count // self._runs)
+        if self._run >= step:
+            return run_magnitudes(call, tile, tile.start, tile.count)
+        firsts = range(0, tile.count - self._run, step)
+        return np.concatenate(
+            [run_magnitudes(call, tile.window(first, self._run), tile.start + first, self._run) for first in firsts]
+        )
 
     def _counters(self) -> npt.NDArray[np.uint32]:
         """This thread's own counters: counts may be added up in any order."""
         thread = threading.get_ident()
         if thread not in self._counts:
-            counts = np.zeros(self._search.bins, np.uint32)
+            counts = _COUNTERS.take(self._search.bins)
             with self._lock:
                 self._counts[thread] = counts
         return self._counts[thread]
@@ -94,10 +126,15 @@ class RankReducer:
         if not self._sampled:
             self._start(np.concatenate([bits for _, bits in partials]))
             return
-        counts = np.add.reduce(list(self._counts.values()), dtype=np.int64 if self._population >> 32 else np.uint32)
-        self._counts.clear()
+        first, *others = self._counts.values()
+        counts: npt.NDArray[Any] = first.astype(np.int64) if self._population >> 32 else first
+        for other in others:
+            counts += other
         if self._search.absorb(sum(below for _, below in partials), counts):
             self._end()
+        for used in self._counts.values():
+            _COUNTERS.give(used)
+        self._counts.clear()
 
     def _start(self, sample: npt.NDArray[Any]) -> None:
         """A sample that is the whole answers at once; any other sets the first window."""

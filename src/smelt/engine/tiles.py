@@ -81,15 +81,15 @@ class Tile:
             self._arrays[id(operand)] = array
         return array
 
-    def window(self, count: int) -> Arrays:
-        """Access to the first ``count`` elements alone, without reading the rest of the tile."""
+    def window(self, first: int, count: int) -> Arrays:
+        """Access to ``count`` elements from ``first`` on alone, without reading the rest of the tile."""
 
         def read(operand: Operand) -> npt.NDArray[Any]:
             array = self._arrays.get(id(operand))
             if array is not None:
-                return array[:count]
+                return array[first : first + count]
             small = np.empty(count, DTYPES[operand.dtype].storage)
-            operand.read(self.start, small)
+            operand.read(self.start + first, small)
             return small
 
         return read

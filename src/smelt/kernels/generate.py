@@ -190,10 +190,12 @@ def _sample(arguments: _Arguments, out: str) -> _Body:
 
 
 def _equal(arguments: _Arguments, out: str) -> _Body:
-    """How many |value| have exactly the bits ``wanted``."""
-    lines = ["equal = 0", *_loop(arguments, [f"equal += {_magnitude(arguments)} == wanted"]), "result[0] = equal"]
+    """How many |value| have exactly the bits ``wanted``, in each block of 1024 (the first may be cut short)."""
+    after = ["found[block - first] = equal - before", "before = equal"]
+    lines = ["first, equal, before = start >> 10, 0, 0"]
+    lines += _loop(arguments, [f"equal += {_magnitude(arguments)} == wanted"], after=after)
     leading = [("start", "int64"), ("count", "int64"), ("wanted", magnitude_of(arguments.precision))]
-    return _Body(leading, lines, arguments.words)
+    return _Body([*leading, ("found", "[int64]")], lines, arguments.words)
 
 
 def _sums(arguments: _Arguments, out: str) -> _Body:

@@ -13,6 +13,7 @@ from .compile import kernel_for
 from .dtypes import DTYPES
 from .generate import magnitude_of, precision_of
 from .program import SUM_BLOCK, Call, Draw, Mask, Operand, Step
+from .random import BLOCK
 
 #: Gives the part of an operand that the tile covers, as stored.
 Arrays = Callable[[Operand], npt.NDArray[Any]]
@@ -43,13 +44,14 @@ def run_count(
     )
 
 
-def run_equal(call: Call, arrays: Arrays, start: int, count: int, wanted: int) -> int:
-    """How many magnitudes of the tile have exactly the bits ``wanted``."""
-    kernel = kernel_for("equal", call)
-    return sum(
-        kernel(start + first, last - first, wanted, *_bind(call, arrays, start, first, last))[0]
-        for first, last in pieces(call, start, count)
-    )
+def run_equal(call: Call, arrays: Arrays, start: int, count: int, wanted: int) -> npt.NDArray[np.int64]:
+    """How many magnitudes of the tile have exactly the bits ``wanted``, for each of its blocks of 1024.
+
+    The tile begins with a block, and the call has no Step.
+    """
+    found = np.empty(-(-count // BLOCK), np.int64)
+    kernel_for("equal", call)(start, count, wanted, found, *_bind(call, arrays, start, 0, count))
+    return found
 
 
 def run_magnitudes(call: Call, arrays: Arrays, start: int, count: int) -> npt.NDArray[Any]:

@@ -48,10 +48,10 @@ class RankSearch:
         self.high = self.high or 1 << self.bits
 
     def guess(self, sample: npt.NDArray[Any], population: int) -> None:
-        """Start from the window that a sample of magnitude bits suggests, four standard errors to each side."""
+        """Start from the window that a sample of magnitude bits suggests, three standard errors to each side."""
         size = len(sample)
         share = self.rank / population
-        margin = 4 * sqrt(max(share * (1 - share), 1 / size) / size)
+        margin = 3 * sqrt(max(share * (1 - share), 1 / size) / size)
         first, last = int((share - margin) * size), int((share + margin) * size) + 1
         ordered = np.partition(sample, [max(0, first), min(size - 1, last)])
         self.low = int(ordered[first]) if first > 0 else 0
@@ -91,8 +91,8 @@ class RankSearch:
     def settle(self, everything: npt.NDArray[Any]) -> None:
         """Find the value among all magnitude bits at once."""
         self.low = int(np.partition(everything, self.rank - 1)[self.rank - 1])
-        self.equal = int((everything == self.low).sum())
-        self.place = self.rank - int((everything < self.low).sum())
+        self.equal = int(np.count_nonzero(everything == self.low))
+        self.place = self.rank - int(np.count_nonzero(everything < self.low))
 
     @property
     def value(self) -> float:
