@@ -132,7 +132,7 @@ def _meaning(parameter: Parameter) -> str:
     if parameter.when is None:
         return parameter.help
     name, values = parameter.when
-    return f"{parameter.help} (only with {name}: {' or '.join(values)})"
+    return f"{parameter.help} (only with {name}: {' or '.join(map(_plain, values))})"
 
 
 def as_markdown(docstring: str) -> str:

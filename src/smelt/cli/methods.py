@@ -53,7 +53,7 @@ def _show_one(method: Method) -> None:
             "random": "yes: set seed" if method.random else "no",
             "passes": f"{needs['whole_model']} over the model, {needs['per_tensor']} per tensor, one to merge",
             "variants": ", ".join(method.variants),
-            "statistics": ", ".join(method.statistics) or "none",
+            "statistics": ", ".join(map(str, method.statistics)) or "none",
             "paper": str(method.citation),
         }
     )
@@ -85,7 +85,7 @@ def describe(method: Method) -> dict[str, Any]:
         "min_models": method.min_models,
         "max_models": method.max_models,
         "random": method.random,
-        "statistics": list(method.statistics),
+        "statistics": [statistic.kind for statistic in method.statistics],
         "variants": list(method.variants),
         "passes": _passes(method),
         "parameters": [_describe_parameter(parameter, method) for parameter in method.all_parameters],

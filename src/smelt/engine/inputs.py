@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +13,9 @@ from ..architecture import Structure
 from ..checkpoint import Checkpoint, load
 from ..errors import InputRejected, SmeltError, show
 from ..kernels.dtypes import DTYPES
-from ..recipe import ModelReference, Recipe
+from ..recipe import InputModel, ModelReference, Recipe
 from .operands import CheckpointOperand, Ledger
+from .statistics import Statistics
 
 
 @dataclass(eq=False)
@@ -46,20 +47,17 @@ class Input:
 
 
 class Inputs:
-    """All models of a recipe by reference, in the order of first mention, and the donor of side files."""
+    """All models of a recipe by reference, in the order of first mention, and the donor of side files.
+
+    ``beside`` are the statistics checkpoints by the text that names them.
+    """
 
     def __init__(self, recipe: Recipe) -> None:
         self.ledger = Ledger()
-        self._by_text: dict[str, Input] = {}
         problems: list[str] = []
-        for reference in recipe.references():
-            if reference.text in self._by_text:
-                continue
-            try:
-                checkpoint = load(reference.path, revision=reference.revision, label=reference.text)
-                self._by_text[reference.text] = Input(reference, checkpoint)
-            except InputRejected as error:
-                problems += error.problems
+        self._by_text = _opened(recipe.references(), "", problems)
+        self.beside = _opened(recipe.statistics(), "statistics ", problems)
+        self._statistics = {text: Statistics(item.checkpoint, self.ledger) for text, item in self.beside.items()}
         InputRejected.gather(dict.fromkeys(problems))
         first = recipe.base_model or next(recipe.references())
         self.donor = self._by_text[first.text]
@@ -70,26 +68,51 @@ class Inputs:
     def __iter__(self) -> Iterator[Input]:
         return iter(self._by_text.values())
 
+    def statistics(self, entry: InputModel | None) -> Statistics | None:
+        """What is given beside a model."""
+        return self._statistics[entry.statistics.text] if entry is not None and entry.statistics else None
+
+    def _all(self) -> Iterator[Input]:
+        yield from self
+        yield from self.beside.values()
+
     def folders(self) -> list[Path]:
-        return [item.checkpoint.folder for item in self if item.checkpoint.folder is not None]
+        return [item.checkpoint.folder for item in self._all() if item.checkpoint.folder is not None]
+
+    def local_paths(self) -> list[str]:
+        """How the recipe names what lies on this machine."""
+        return [item.label for item in self._all() if item.is_local]
 
     def notices(self) -> list[str]:
         """What is odd about the files, and what was not understood of the models in them."""
-        return [
-            f"{item.label}: {note}" for item in self for note in (*item.checkpoint.notices, *item.structure.remarks)
-        ]
+        odd = [f"{item.checkpoint.label}: {note}" for item in self._all() for note in item.checkpoint.notices]
+        return [*odd, *(f"{item.label}: {note}" for item in self for note in item.structure.remarks)]
 
     def refuse_quantised(self) -> None:
         """Averaging codes of a quantised model is a silent disaster, so it is refused until it is read right."""
         InputRejected.gather(problem for item in self for problem in _quantised(item))
 
     def check_unchanged(self) -> None:
-        for item in self:
+        for item in self._all():
             item.checkpoint.check_unchanged()
 
     def close(self) -> None:
-        for item in self:
+        for item in self._all():
             item.checkpoint.close()
+
+
+def _opened(references: Iterable[ModelReference], what: str, problems: list[str]) -> dict[str, Input]:
+    """Each checkpoint once; what cannot be opened is appended to ``problems``. ``what`` leads their labels."""
+    found: dict[str, Input] = {}
+    for reference in references:
+        if reference.text in found:
+            continue
+        try:
+            checkpoint = load(reference.path, revision=reference.revision, label=what + reference.text)
+            found[reference.text] = Input(reference, checkpoint)
+        except InputRejected as error:
+            problems += error.problems
+    return found
 
 
 def _quantised(item: Input) -> Iterator[str]:

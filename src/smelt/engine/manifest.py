@@ -30,7 +30,8 @@ def versions() -> dict[str, str]:
 
 def manifest(
     *, recipe: str, method: str, variant: str, seed: int, inputs: list[dict[str, Any]],
-    tensors: Mapping[str, Mapping[str, Any]], files: Mapping[str, str], notices: list[str],
+    statistics: list[dict[str, Any]], tensors: Mapping[str, Mapping[str, Any]], files: Mapping[str, str],
+    notices: list[str],
 ) -> dict[str, Any]:  # fmt: skip
     """The manifest as plain data. ``tensors``: name -> dtype, shape, file, sha256; ``files``: name -> sha256."""
     return {
@@ -41,6 +42,7 @@ def manifest(
         "variant": variant,
         "seed": seed,
         "inputs": inputs,
+        "statistics": statistics,
         "input_digest": "xxh3-128 over tiles of 524288 elements, per tensor, then over 'name digest' lines",
         "notices": notices,
         "files": dict(sorted(files.items())),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,12 @@ from ..checkpoint import load
 from ..errors import InputRejected, UsageError, show
 from ..kernels.dtypes import DTYPES, NAMES
 from ..kernels.program import Copy, Output
-from ..methods import Method, Model, Tensor, get
+from ..methods import Method, Model, Statistic, Tensor, get
 from .device import Policy, mapper_for
 from .execute import Executor, Job, Steps, usable_cores
 from .operands import CheckpointOperand
 from .parameters import check_counts, constant_parameters
+from .statistics import Finder, Member, Statistics
 from .types import common_dtype
 
 Arrays = Mapping[str, Any]
@@ -46,7 +47,8 @@ def merge_tensors(
     models: one dict per model, name -> array; without the base where the method has one.
     base: the base model's dict, for methods that need one.
     parameters, per_model: values by name; a per-model parameter takes one value per model, or one for all.
-    statistics: one dict per model, kind -> {tensor name -> array} (Fisher, Gram, ...).
+    statistics: one dict per model, kind -> {tensor name -> array} (Fisher, Gram, ...); one in all for kinds that
+        serve all models.
     masks: one dict per model, tensor name -> array of 0 and 1 (1 = kept), instead of random draws.
     seed: names the random draws.
     dtype: of the output ("bfloat16", ...); default: the inputs' common type per tensor.
@@ -63,6 +65,7 @@ def merge_tensors(
     UsageError.gather(check_counts(chosen, len(models), base is not None))
     inputs = _Inputs(chosen, models, base, statistics, masks, tied or {})
     tensors = [inputs.tensor(name, shared, each, seed) for name in inputs.merged(shared)]
+    inputs.check_statistics()
     sink = _ArraySink()
     mapper = mapper_for(device, on_nonfinite, _warn)
     with Executor(sink, mapper, threads=threads or usable_cores()) as executor:
@@ -114,10 +117,8 @@ class _Inputs:
         self._method = method
         self._models = [load(model, label=f"model {i}") for i, model in enumerate(models)]
         self._base = None if base is None else load(base, label="base")
-        self._statistics = [
-            {kind: load(arrays, label=f"{kind} of model {i}") for kind, arrays in kinds.items()}
-            for i, kinds in enumerate(statistics or ())
-        ]
+        self._statistics = _given_statistics(statistics or (), method, len(models))
+        self._finder = Finder(method)
         self._masks = [load(arrays, label=f"mask of model {i}") for i, arrays in enumerate(masks or ())]
         self._aliases = {alias: owner for alias, owner in tied.items() if alias != owner}
         self._everything = [*([self._base] if self._base is not None else []), *self._models]
@@ -155,17 +156,17 @@ class _Inputs:
             shared=shared,
             each=each,
             seed=seed,
-            statistics=self._statistics_of(name),
+            statistics=self._finder.of(
+                name, self._everything[0].tensors[name].shape, shared,
+                [Member(f"model {i}", name, given) for i, given in enumerate(self._statistics)],
+            ),
             masks=masks or None,
-        )
+        )  # fmt: skip
 
-    def _statistics_of(self, name: str) -> dict[str, tuple[CheckpointOperand, ...]]:
-        kinds = {kind for given in self._statistics for kind in given}
-        found = {
-            kind: tuple(CheckpointOperand(s[kind], name) for s in self._statistics if kind in s and name in s[kind])
-            for kind in sorted(kinds)
-        }
-        return {kind: operands for kind, operands in found.items() if operands}
+    def check_statistics(self) -> None:
+        """Raise what is missing, does not fit or has no effect."""
+        UsageError.gather(self._finder.usage_problems())
+        InputRejected.gather(self._finder.problems())
 
     def jobs(self, method: Method, tensors: list[Tensor], dtype: str | None, sink: _ArraySink) -> list[Job]:
         """One job per output tensor: merged by the method, or copied."""
@@ -193,6 +194,24 @@ class _Inputs:
         values = {name: _as_kind(kind, *stored) for name, stored in arrays.items()}
         values.update({alias: values[owner] for alias, owner in self._aliases.items()})
         return dict(sorted(values.items()))
+
+
+def _given_statistics(given: Sequence[Mapping[str, Arrays]], method: Method, models: int) -> list[Statistics | None]:
+    """One checkpoint per model, None where there is none; kinds that no method knows are errors."""
+    known = {kind for statistic in method.statistics for kind in _kinds(statistic)}
+    unknown = sorted({kind for kinds in given for kind in kinds} - known)
+    problems = [f"{method.name} uses no statistics of kind {kind!r}" for kind in unknown]
+    if len(given) > models:
+        problems.append(f"statistics: {len(given)} dicts for {models} models")
+    UsageError.gather(problems)
+    flat = [{f"{kind}/{name}": a for kind, arrays in kinds.items() for name, a in arrays.items()} for kinds in given]
+    loaded = [Statistics(load(a, label=f"statistics of model {i}")) if a else None for i, a in enumerate(flat)]
+    return loaded + [None] * (models - len(loaded))
+
+
+def _kinds(statistic: Statistic) -> Iterator[str]:
+    for kind in (statistic.kind, *statistic.also):
+        yield from (kind, f"{kind}_row", f"{kind}_column") if statistic.factored else (kind,)
 
 
 def _as_kind(kind: str, dtype: str, shape: tuple[int, ...], stored: npt.NDArray[Any]) -> Any:

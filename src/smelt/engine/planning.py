@@ -15,6 +15,7 @@ from typing import Any
 from .. import storage
 from ..errors import InputRejected, UsageError, show
 from ..kernels.dtypes import DTYPES
+from ..kernels.program import Operand
 from ..methods import Method, Tensor, get
 from ..recipe import Recipe, not_yet, parse, parse_mapping, single
 from .inputs import Inputs, side_files
@@ -22,6 +23,7 @@ from .layout import Layout, Piece, Source, layout
 from .options import BASELINE, SHARD_SIZE, Options, options_of
 from .parameters import check_counts
 from .settings import Resolver, check_settings, unmatched_filters, whole_model_values
+from .statistics import Finder, Member, stored_bytes
 from .tiles import TILE
 from .types import common_dtype
 
@@ -46,7 +48,15 @@ class Output:
 
     @property
     def input_bytes(self) -> int:
-        return sum(source.input.checkpoint.tensors[source.name].nbytes for source in self.piece.sources)
+        """Of weights and statistics, as they are stored."""
+        weights = sum(source.input.checkpoint.tensors[source.name].nbytes for source in self.piece.sources)
+        return weights + stored_bytes(self.statistics)
+
+    @property
+    def statistics(self) -> tuple[Operand, ...]:
+        """The statistics that the method uses of this tensor."""
+        kinds = self.tensor.statistics.values() if self.tensor is not None else ()
+        return tuple(operand for operands in kinds for operand in operands)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,9 +111,10 @@ class Plan:
 
     def _tile_bytes(self, output: Output) -> int:
         """Memory that one thread needs for one tile: the operands, the result, and as much again in counters."""
-        operands = (source.input.checkpoint.tensors[source.name].nbytes for source in output.piece.sources)
+        operands = sum(source.input.checkpoint.tensors[source.name].nbytes for source in output.piece.sources)
+        beside = sum(operand.count * DTYPES[operand.dtype].bits // 8 for operand in output.statistics)
         tile = min(1.0, TILE / max(1, output.count))
-        return int(2 * tile * (sum(operands) + output.nbytes)) + (4 << 20)
+        return int(2 * tile * (operands + beside + output.nbytes)) + (4 << 20)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for ``--json``."""
@@ -113,7 +124,8 @@ class Plan:
             "passes": {"whole_model": self.passes[0], "per_tensor": self.passes[1]},
             "bytes_read": self.bytes_read, "bytes_written": self.bytes_written, "disk_needed": self.disk_needed,
             "peak_memory": self.peak_memory, "threads": self.options.threads, "device": self.options.device,
-            "inputs": [item.label for item in self.inputs], "notices": self.notices, "rows": self.rows(),
+            "inputs": [item.label for item in self.inputs], "statistics": list(self.inputs.beside),
+            "notices": self.notices, "rows": self.rows(),
         }  # fmt: skip
 
     def rows(self) -> list[dict[str, Any]]:
@@ -123,6 +135,7 @@ class Plan:
                 "tensor": output.name, "dtype": output.dtype, "shape": list(output.shape), "bytes": output.nbytes,
                 "action": "merge" if output.tensor is not None else "copy", "why": output.piece.why,
                 "from": [f"{source.input.label}:{source.name}" for source in output.piece.sources],
+                "statistics": sorted(output.tensor.statistics) if output.tensor is not None else [],
                 "parameters": _shown(output.tensor),
             }
             for output in self.outputs
@@ -172,13 +185,20 @@ def read_recipe(recipe: RecipeLike) -> Recipe:
 def make_plan(recipe: Recipe, options: Options) -> Plan:
     """Check the recipe against the registry, open the inputs, lay out the output, resolve parameters."""
     method = get(recipe.method)
-    UsageError.gather([*not_yet(recipe), *check_settings(recipe, method), *_counts(recipe, method)])
+    problems = [*not_yet(recipe), *check_settings(recipe, method), *_counts(recipe, method)]
+    UsageError.gather([*problems, *_idle_statistics(recipe, method)])
     inputs = Inputs(recipe)
     try:
         return _planned(recipe, method, options, inputs)
     except BaseException:
         inputs.close()
         raise
+
+
+def _idle_statistics(recipe: Recipe, method: Method) -> list[str]:
+    """Statistics beside models of a method that knows none."""
+    given = () if method.statistics else recipe.statistics()
+    return [reference.position.report(f"{method.name} uses no statistics") for reference in given]
 
 
 def _counts(recipe: Recipe, method: Method) -> list[str]:
@@ -201,11 +221,13 @@ def _planned(recipe: Recipe, method: Method, options: Options, inputs: Inputs) -
     chart = layout(recipe, inputs, method.base, options.on_extra)
     resolver = Resolver(recipe, method)
     seed = options.seed if options.seed is not None else (recipe.seed or 0)
-    outputs = [_output(recipe, method, piece, resolver, inputs, seed) for piece in chart.pieces]
+    finder = Finder(method)
+    outputs = [_output(recipe, method, piece, resolver, inputs, finder, seed) for piece in chart.pieces]
     resolver.raise_missing()
+    UsageError.gather(finder.usage_problems())
     merged = [output.tensor for output in outputs if output.tensor is not None]
-    problems = [problem for output in outputs for problem in _shape_problems(output)]
-    InputRejected.gather(problems)
+    shapes = [problem for output in outputs for problem in _shape_problems(output)]
+    InputRejected.gather([*shapes, *finder.problems()])
     if method.survey is not None and method.passes(dict(merged[0].shared))[0] if merged else False:
         UsageError.gather(whole_model_values(method, [(dict(t.shared), dict(t.each)) for t in merged]))
     _ask(method, merged)
@@ -233,12 +255,14 @@ def _memory_problems(made: Plan) -> list[str]:
     return [f"memory: {needed >> 20}MiB are needed with {made.options.threads} threads, {given >> 20}MiB allowed"]
 
 
-def _output(recipe: Recipe, method: Method, piece: Piece, resolver: Resolver, inputs: Inputs, seed: int) -> Output:
+def _output(
+    recipe: Recipe, method: Method, piece: Piece, resolver: Resolver, inputs: Inputs, finder: Finder, seed: int
+) -> Output:
     """One output tensor: what it is made of, in which dtype."""
     infos = [source.input.checkpoint.tensors[source.name] for source in piece.sources]
     piece = _decided(piece, method, resolver, [info.dtype for info in infos])
     dtype = _dtype(recipe, [info.dtype for info in infos])
-    tensor = None if piece.action == "copy" else _tensor(method, piece, resolver, inputs, seed)
+    tensor = None if piece.action == "copy" else _tensor(method, piece, resolver, inputs, finder, seed)
     return Output(piece.name, dtype, infos[0].shape, piece, tensor)
 
 
@@ -278,16 +302,24 @@ def _excluded(name: str, patterns: Sequence[str]) -> bool:
     return any(re.match(pattern, name) for pattern in patterns)
 
 
-def _tensor(method: Method, piece: Piece, resolver: Resolver, inputs: Inputs, seed: int) -> Tensor:
+def _tensor(method: Method, piece: Piece, resolver: Resolver, inputs: Inputs, finder: Finder, seed: int) -> Tensor:
     base, merged = _split(method, piece)
+    shared = resolver.shared(piece)
+    members = [_member(source, inputs) for source in (*merged, *([base] if base is not None else []))]
+    shape = piece.sources[0].input.checkpoint.tensors[piece.sources[0].name].shape
     return Tensor(
         name=piece.name,
         base=None if base is None else base.input.operand(base.name, inputs.ledger),
         models=tuple(source.input.operand(source.name, inputs.ledger) for source in merged),
-        shared=resolver.shared(piece),
+        shared=shared,
         each=resolver.each(piece, merged),
         seed=seed,
+        statistics=finder.of(piece.name, shape, shared, members[: len(merged)], *members[len(merged) :]),
     )
+
+
+def _member(source: Source, inputs: Inputs) -> Member:
+    return Member(source.input.label, source.name, inputs.statistics(source.entry))
 
 
 def _split(method: Method, piece: Piece) -> tuple[Source | None, tuple[Source, ...]]:

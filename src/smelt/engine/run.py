@@ -202,6 +202,7 @@ def _write_side_files(plan: Plan, folder: Path, title: str, tensors: dict[str, A
     content = manifest(
         recipe=_public(plan, plan.recipe.text), method=plan.method.name, variant=plan.variant, seed=plan.seed,
         inputs=[identity(item, plan.inputs.ledger) for item in plan.inputs],
+        statistics=[identity(item, plan.inputs.ledger) for item in plan.inputs.beside.values()],
         tensors=tensors, files=sums, notices=notices,
     )  # fmt: skip
     storage.write_small(folder / NAME, dump(content))
@@ -223,4 +224,4 @@ def _card(plan: Plan, title: str, notices: Sequence[str]) -> str:
 
 
 def _public(plan: Plan, text: str) -> str:
-    return without_paths(text, [plan.recipe.origin, *(item.label for item in plan.inputs if item.is_local)])
+    return without_paths(text, [plan.recipe.origin, *plan.inputs.local_paths()])

@@ -30,13 +30,14 @@ def check_settings(recipe: Recipe, method: Method) -> list[str]:
 def _idle(recipe: Recipe, method: Method) -> list[str]:
     """Settings that would have no effect beside the others."""
     places = {placed.name: placed.setting.position for placed in recipe.all_settings()}
-    defaults = {parameter.name: parameter.default for parameter in method.parameters}
+    known = {parameter.name: parameter for parameter in method.parameters}
     variant = variant_of(recipe, method)
 
     def value_of(name: str) -> Any:
         if name == "variant":
             return variant
-        return recipe.parameters[name].resolve(0.0, "") if name in recipe.parameters else defaults[name]
+        value = recipe.parameters[name].resolve(0.0, "") if name in recipe.parameters else None
+        return known[name].default if value is None else convert(value, known[name].kind)
 
     idle = [(text.partition(" ")[0], text) for text in method.idle(places, value_of)]
     return [places[name].report(f"{method.name}: {text}") for name, text in idle]

@@ -1,4 +1,4 @@
-"""One number per row or per column of a tensor, as an operand of element formulas."""
+"""What is known per row, per column or in few factors, as operands of element formulas."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from .dtypes import DTYPES
+from .program import Operand
 
 
 class PerRow:
@@ -38,3 +41,41 @@ class PerColumn:
     def read(self, start: int, out: npt.NDArray[Any]) -> None:
         shift = start % len(self._values)
         out[:] = np.resize(np.roll(self._values, -shift), len(out))
+
+
+class LowRank:
+    """``left @ right`` at every element of a matrix, and nothing below 0; float32.
+
+    ``left`` is (rows, r), ``right`` (r, columns); the r products are added in order.
+    """
+
+    dtype = "F32"
+
+    def __init__(self, left: npt.NDArray[Any], right: npt.NDArray[Any]) -> None:
+        self.shape = (len(left), right.shape[1])
+        self.count = len(left) * right.shape[1]
+        self._left, self._right = np.asarray(left, np.float32), np.asarray(right, np.float32)
+
+    def read(self, start: int, out: npt.NDArray[Any]) -> None:
+        length = self.shape[1]
+        first, last = start // length, (start + len(out) - 1) // length
+        rows = self._left[first : last + 1]
+        block = np.zeros((len(rows), length), np.float32)
+        for column, row in zip(rows.T, self._right, strict=True):
+            block += column[:, None] * row
+        out[:] = np.maximum(block, 0).reshape(-1)[start - first * length :][: len(out)]
+
+
+def rank_one(rows: npt.NDArray[Any], columns: npt.NDArray[Any]) -> LowRank:
+    """The matrix of rank one with these sums of rows and of columns: r c / sum(r); zeros where that vanishes."""
+    total = float(np.sum(rows, dtype=np.float64))
+    left = np.asarray(rows, np.float64) / total if total > 0 else np.zeros(len(rows))
+    return LowRank(left[:, None], np.asarray(columns)[None, :])
+
+
+def vector(operand: Operand) -> npt.NDArray[np.float64]:
+    """All elements of a small operand, in its shape: what is known per column, or once per tensor."""
+    dtype = DTYPES[operand.dtype]
+    stored = np.empty(operand.count, dtype.storage)
+    operand.read(0, stored)
+    return dtype.as_values(stored).astype(np.float64).reshape(operand.shape)

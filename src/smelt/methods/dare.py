@@ -27,7 +27,7 @@ from ..kernels.program import Call, Copy, Rank, Whole, call
 from ..kernels.vocabulary import where
 from . import ties
 from .fisher import normalised
-from .registry import EXCLUDE, LAMBDA, REQUIRED, Citation, Method, Parameter, Steps, weight_parameter
+from .registry import EXCLUDE, LAMBDA, REQUIRED, Citation, Method, Parameter, Statistic, Steps, weight_parameter
 from .regmean import regression_mean
 from .task_arithmetic import INT8_MASK, mass
 from .tensors import Model, Tensor, delta, identity
@@ -171,9 +171,6 @@ def survey(model: Model) -> Steps:
 def _check(model: Model) -> None:
     if model["merge"] == "none" and model.size != 1:
         raise UsageError(f"dare: merge: none thins one model, {model.size} were given")
-    missing = {"fisher": "fisher", "regmean": "gram"}.get(model["merge"])
-    if missing and not any(missing in tensor.statistics for tensor in model.tensors):
-        raise UsageError(f"dare: merge: {model['merge']} needs a statistics checkpoint of kind {missing!r}")
 
 
 def _as_ties(tensor: Tensor) -> Tensor:
@@ -294,7 +291,10 @@ METHODS = (
             Parameter("reduce_non_diagonal_ratio", "float", 0.9, "factor off the diagonal",
                       low=0, high=1, mergekit=False, when=("merge", ("regmean",))),
         ),
-        statistics=("fisher", "gram"),
+        statistics=(
+            Statistic("fisher", when=("merge", ("fisher",))),
+            Statistic("gram", "square", when=("merge", ("regmean",)), partial=True, signed=True),
+        ),
     ),
     Method(
         name="dare_linear",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -46,7 +46,7 @@ class Parameter:
     choices: tuple[str, ...] = ()
     mergekit: bool = True
     defaults: tuple[tuple[str, Any], ...] = ()
-    when: tuple[str, tuple[str, ...]] | None = None
+    when: tuple[str, tuple[Any, ...]] | None = None
 
     def default_for(self, variant: str) -> Any:
         return dict(self.defaults).get(variant, self.default)
@@ -99,12 +99,41 @@ class Citation:
 
 
 @dataclass(frozen=True)
+class Statistic:
+    """One kind of number that was measured on data and weights a method's parameters, tensor by tensor.
+
+    ``shape`` is that of each tensor's statistic: "tensor" (as the weight), "columns" (the length of its last
+    axis), "square" (that length twice), "number" (one element). ``also`` are kinds that serve as well.
+    ``factored``: may be stored as the sums of its rows and of its columns (kinds ``_row``, ``_column``).
+    ``when`` (a parameter, its values) tells under which choices alone it is used. ``single``: one checkpoint
+    serves all models. ``partial``: only some tensors have it. ``signed``: may be negative.
+    """
+
+    kind: str
+    shape: Literal["tensor", "columns", "square", "number"] = "tensor"
+    also: tuple[str, ...] = ()
+    factored: bool = False
+    when: tuple[str, tuple[Any, ...]] | None = None
+    single: bool = False
+    partial: bool = False
+    signed: bool = False
+
+    def __str__(self) -> str:
+        return self.kind
+
+    def used(self, shared: Mapping[str, Any]) -> bool:
+        """Whether a merge with these shared parameters looks at it."""
+        return self.when is None or shared.get(self.when[0]) in self.when[1]
+
+
+@dataclass(frozen=True)
 class Method:
     """One published way to combine tensors.
 
     ``merge`` is a coroutine over one tensor (or a plain function when it needs no statistics): it yields
     requests, receives their results and returns the call that makes the output. ``survey`` does the same
     once over the whole model, before any tensor; what it returns reaches ``merge`` as ``tensor.survey``.
+    A tensor without one of the ``statistics`` reaches ``merge`` only if the parameter ``missing`` is not "error".
     ``passes`` tells, from the parameters, how often all inputs are read for the survey and how often each
     tensor is gone through for statistics.
     """
@@ -122,7 +151,7 @@ class Method:
     survey: Callable[[Model], Steps] | None = None
     passes: Callable[[dict[str, Any]], tuple[int, int]] = lambda parameters: (0, 0)
     random: bool = False
-    statistics: tuple[str, ...] = ()
+    statistics: tuple[Statistic, ...] = ()
     variants: tuple[str, ...] = ("paper",)
     keeps_excluded: Literal["base", "model"] = "base"
 

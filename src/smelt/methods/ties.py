@@ -24,7 +24,7 @@ import numpy as np
 
 from ..kernels.program import Call, Copy, Rank, Top, Totals, call
 from ..kernels.vocabulary import sign, where
-from .registry import EXCLUDE, LAMBDA, SCOPE, Citation, Method, Parameter, Steps, weight_parameter
+from .registry import EXCLUDE, LAMBDA, SCOPE, Citation, Method, Parameter, Statistic, Steps, weight_parameter
 from .task_arithmetic import INT8_MASK
 from .tensors import Model, Tensor, delta, kept_delta
 
@@ -493,7 +493,7 @@ METHODS = (
             *FAMILY,
             *PAPER_ONLY,
         ),
-        statistics=("sign",),
+        statistics=(Statistic("sign", when=("sign", ("oracle",)), single=True, signed=True),),
         variants=("paper", "mergekit"),
     ),
 )  # fmt: skip

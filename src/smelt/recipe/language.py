@@ -193,6 +193,10 @@ class Recipe:
         if self.base_model:
             yield self.base_model
 
+    def statistics(self) -> Iterator[ModelReference]:
+        """The statistics checkpoints given beside the inputs, in file order."""
+        return (given.statistics for _, given in self.inputs() if given.statistics)
+
     def all_settings(self) -> Iterator[PlacedSetting]:
         """Every setting at every level."""
         for where, given in self.inputs():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .language import InputModel, ModelReference, OutputSlice, Recipe
+from .language import ModelReference, OutputSlice, Recipe
 from .nodes import Position
 
 _SENTENCE = "{} is understood but not executed by this version"
@@ -14,8 +14,8 @@ Finding = tuple[Position, str]
 
 def not_yet(recipe: Recipe) -> list[str]:
     """One line, with its place, for each field whose execution this version refuses."""
-    found = [*_sections(recipe), *_of_inputs(recipe), *_of_slices(recipe)]
-    for reference in recipe.references():
+    found = [*_sections(recipe), *_of_slices(recipe)]
+    for reference in (*recipe.references(), *recipe.statistics()):
         found += _of_reference(reference)
     ordered = sorted(found, key=lambda finding: (finding[0].line, finding[0].column))
     return list(dict.fromkeys(place.report(_SENTENCE.format(what)) for place, what in ordered))
@@ -27,11 +27,6 @@ def _sections(recipe: Recipe) -> Iterator[Finding]:
             yield recipe.position(key), key
     if recipe.output and recipe.output.format != "safetensors":
         yield recipe.position("output"), f"the output format {recipe.output.format}"
-
-
-def _of_inputs(recipe: Recipe) -> Iterator[Finding]:
-    inputs: list[InputModel] = [given for _, given in recipe.inputs()]
-    return ((given.statistics.position, "statistics") for given in inputs if given.statistics)
 
 
 def _of_slices(recipe: Recipe) -> Iterator[Finding]:
