@@ -21,7 +21,7 @@ MODULES = {
 #: From the ground up. What stands on one floor may not import each other.
 FLOORS = (
     ("errors", "_version"), ("storage",), ("kernels",), ("checkpoint",), ("recipe", "architecture"), ("methods",),
-    ("engine",), ("diagnosis",), ("cli",), ("smelt",),
+    ("engine",), ("diagnosis", "statistics"), ("cli",), ("smelt",),
 )  # fmt: skip
 FLOOR = {part: height for height, parts in enumerate(FLOORS) for part in parts}
 

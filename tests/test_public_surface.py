@@ -20,7 +20,7 @@ PUBLIC = [
 ]  # fmt: skip
 HEAVY = {"numpy", "numba", "llvmlite", "torch", "transformers", "huggingface_hub", "rich", "yaml", "ml_dtypes"}
 DOORS = ["smelt", *(f"smelt.{name}" for name in ("architecture", "checkpoint", "diagnosis", "engine", "methods",
-                                                   "recipe"))]  # fmt: skip
+                                                   "recipe", "statistics"))]  # fmt: skip
 
 
 def imported_by(code: str) -> set[str]:

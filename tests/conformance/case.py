@@ -26,9 +26,10 @@ class Mismatch(Exception):
 
 
 class Inputs:
-    """The tensors of a case by what they are; ``case`` is case.json, for what a case says beside its parameters."""
+    """The tensors of a case by what they are; ``folder`` is where it lies, ``case`` its case.json, for what a case says beside its parameters."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.case: dict[str, Any] = json.loads((folder / "case.json").read_text())
         self.base: Arrays = {}
         self.data: Arrays = {}

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import struct
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy.typing as npt
@@ -56,11 +57,13 @@ class Shard:
         return {tensor.name: tensor.offset for tensor in self.tensors}
 
 
-def plan_shards(tensors: Sequence[TensorInfo], shard_size: int) -> list[Shard]:
+def plan_shards(
+    tensors: Sequence[TensorInfo], shard_size: int, metadata: Mapping[str, str] = MappingProxyType({})
+) -> list[Shard]:
     """Lay tensors out in files of at most ``shard_size`` bytes of data, in the order given.
 
-    A larger tensor gets a file of its own. One file is model.safetensors, several are numbered. Raises
-    UsageError when a file would hold more tensors than a header may name.
+    A larger tensor gets a file of its own. One file is model.safetensors, several are numbered. ``metadata``
+    goes into every header. Raises UsageError when a file would hold more tensors than a header may name.
     """
     if len({tensor.name for tensor in tensors}) < len(tensors):
         raise ValueError("a tensor is given twice")
@@ -72,24 +75,25 @@ def plan_shards(tensors: Sequence[TensorInfo], shard_size: int) -> list[Shard]:
             held = 0
         groups[-1].append(tensor)
         held += tensor.nbytes
-    return [_shard(_file_name(number, len(groups)), group) for number, group in enumerate(groups, 1)]
+    said = {**_METADATA, **metadata}
+    return [_shard(_file_name(number, len(groups)), group, said) for number, group in enumerate(groups, 1)]
 
 
 def _file_name(number: int, total: int) -> str:
     return "model.safetensors" if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
 
 
-def _shard(file: str, tensors: Iterable[TensorInfo]) -> Shard:
+def _shard(file: str, tensors: Iterable[TensorInfo], metadata: Mapping[str, str]) -> Shard:
     ordered = sorted(tensors, key=lambda tensor: (_RANK[tensor.dtype], tensor.name))
     ends = [0, *accumulate(tensor.nbytes for tensor in ordered)]
-    header = _header(ordered, ends, file)
+    header = _header(ordered, ends, file, metadata)
     located = (replace(tensor, file=file, offset=len(header) + ends[i]) for i, tensor in enumerate(ordered))
     return Shard(file, header, len(header) + ends[-1], tuple(located))
 
 
-def _header(ordered: Sequence[TensorInfo], ends: Sequence[int], file: str) -> bytes:
+def _header(ordered: Sequence[TensorInfo], ends: Sequence[int], file: str, metadata: Mapping[str, str]) -> bytes:
     """Length and JSON, padded with spaces so that the data begins at a multiple of :data:`ALIGNMENT`."""
-    entries: dict[str, Any] = {"__metadata__": _METADATA}
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     for i, tensor in enumerate(ordered):
         shape, offsets = list(tensor.shape), [ends[i], ends[i + 1]]
         entries[tensor.name] = {"dtype": tensor.dtype, "shape": shape, "data_offsets": offsets}

@@ -17,7 +17,7 @@ from ..kernels.program import Operand, Rows
 from ..kernels.vocabulary import sqrt, where
 from .operator_norm import Change, operator_norms
 from .registry import Statistic, Steps
-from .tensors import Tensor, identity
+from .tensors import Tensor, delta, identity
 
 CURVATURE = Statistic("exp_avg_sq", also=("fisher",), factored=True)
 
@@ -97,11 +97,7 @@ def restored(
     for model, curvature, threshold in zip(tensor.models, curvatures, thresholds, strict=True):
         pair: dict[str, Operand] = {"base": tensor.base, "model": model}
         masking = partial(masked, threshold=np.float32(threshold))
-        changes += [(_delta, pair), (masking, {**pair, "curvature": curvature})]
+        changes += [(delta, pair), (masking, {**pair, "curvature": curvature})]
     norms = yield from operator_norms(tensor.name, tensor.shape, changes, steps)
     pairs = zip(norms[::2], norms[1::2], strict=True)
     return tuple(whole / left if left > least * whole else 0.0 for whole, left in pairs)
-
-
-def _delta(base: Any, model: Any) -> Any:
-    return model - base

@@ -50,13 +50,14 @@ def operator_norms(name: str, shape: tuple[int, ...], changes: Sequence[Change],
 
 
 def _column_squares(change: Callable[..., Any], **rows: Any) -> Vector:
-    return np.square(change(**rows), dtype=np.float64).sum(axis=0)
+    squares = np.square(change(**rows), dtype=np.float64)
+    return np.asarray(squares.sum(axis=0))
 
 
 def _twice(change: Callable[..., Any], vector: Vector, **rows: Any) -> Vector:
     """A^T A v for these rows of A."""
     matrix = np.asarray(change(**rows), np.float64)
-    return matrix.T @ (matrix @ vector)  # type: ignore[no-any-return]
+    return np.asarray(matrix.T @ (matrix @ vector))
 
 
 class _Lanczos:

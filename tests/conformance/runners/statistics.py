@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import smelt
+from smelt.statistics import import_optimizer
 
 from ..case import Arrays, Inputs, Mismatch, arguments
 
@@ -20,6 +21,8 @@ def fisher(inputs: Inputs, parameters: dict[str, Any]) -> Arrays:
 
 
 def ota(inputs: Inputs, parameters: dict[str, Any]) -> Arrays:
+    if parameters["operation"] == "import_optimizer":
+        return dict(import_optimizer(inputs.folder / "checkpoint", inputs.base or inputs.each("model")[0]))
     operation(parameters, "merge")
     shared, per_model = preconditioning(parameters)
     base = inputs.base if parameters["base_given"] else None
