@@ -26,7 +26,7 @@ class Mismatch(Exception):
 
 
 class Inputs:
-    """The tensors of a case by what they are; ``folder`` is where it lies, ``case`` its case.json, for what a case says beside its parameters."""
+    """The tensors of a case by what they are; ``case`` is case.json, for what a case says beside its parameters."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

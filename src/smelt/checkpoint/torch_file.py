@@ -53,7 +53,7 @@ class StoredTensor:
 
     def read(self, start: int, out: npt.NDArray[Any]) -> None:
         """Fill ``out`` (storage type) with elements from ``start`` on."""
-        self.file.pread(memoryview(out), self.offset + start * out.itemsize)
+        self.file.pread(out.data, self.offset + start * out.itemsize)
 
 
 class Inert:

@@ -46,10 +46,7 @@ def _named(
     """Key in the file -> name in the model."""
     keys = [list(group["params"]) for group in groups]
     if all("param_names" in group for group in groups):
-        listed = [list(group["param_names"]) for group in groups]
-        return {
-            key: name for many, names in zip(keys, listed, strict=True) for key, name in zip(many, names, strict=True)
-        }
+        return _paired(keys, [list(group["param_names"]) for group in groups])
     if all(isinstance(key, str) for many in keys for key in many):
         return {key: key for many in keys for key in many}
     candidates = _candidates(keys, list(order) if order is not None else registered(shapes), shapes)
@@ -72,10 +69,12 @@ def _candidates(keys: list[list[Any]], names: list[str], shapes: Shapes) -> list
         kept = [name for name in names if rule(name, shapes.get(name, ()))]
         splits.append([kept, [name for name in names if name not in set(kept)]])
     fitting = [split for split in splits if [len(part) for part in split] == [len(many) for many in keys]]
-    return [
-        {key: name for many, part in zip(keys, split, strict=True) for key, name in zip(many, part, strict=True)}
-        for split in fitting
-    ]
+    return [_paired(keys, split) for split in fitting]
+
+
+def _paired(keys: list[list[Any]], names: list[list[str]]) -> dict[Any, str]:
+    pairs = (zip(many, named, strict=True) for many, named in zip(keys, names, strict=True))
+    return {key: name for group in pairs for key, name in group}
 
 
 def _agree(names: Mapping[Any, str], state: Mapping[Any, Any], shapes: Shapes, kind: str) -> bool:
