@@ -14,6 +14,7 @@ import pytest
 import smelt
 from smelt.errors import OperationFailed, UsageError
 from smelt.methods import REQUIRED, Method
+from tests.given import save_statistics, statistics_for
 from tests.readback import values
 from tests.recipes import Family, recipe
 from tests.small_models import Arrays
@@ -39,7 +40,9 @@ def required(method: Method, variant: str) -> dict[str, Any]:
 def run(method: Method, variant: str, models: Sequence[Arrays], base: Arrays | None = None, **options: Any) -> Any:
     """Merge with the least that the method needs; the base only goes to methods that look at it."""
     known = (BASE if base is None else base) if method.base == "required" else None
-    return smelt.merge_tensors(method.name, models, known, parameters=required(method, variant), **options)
+    chosen = required(method, variant)
+    given = statistics_for(method, chosen, models)
+    return smelt.merge_tensors(method.name, models, known, parameters=chosen, statistics=given, **options)
 
 
 def as_many(method: Method, models: Sequence[Arrays]) -> Sequence[Arrays]:
@@ -123,12 +126,15 @@ class TestEveryMethod:
         count, needs_base = method.max_models or 2, method.base == "required"
         base = family.base if needs_base else None
         tree = recipe(method.name, family.models[:count], base, each=each, parameters=shared)
+        given = statistics_for(method, chosen, family.model_arrays[:count])
+        for index, entry in enumerate(tree["models"][: len(given)] if any(given) else ()):
+            entry["statistics"] = save_statistics(tmp_path / f"statistics{index}.safetensors", given[index])
         smelt.merge(tree, tmp_path / "out", seed=7)
         weight = {"weight": [1.0] * count} if method.parameter("weight") else {}
         weight |= {name: [value] * count for name, value in each.items()}
         arrays = smelt.merge_tensors(
             method.name, family.model_arrays[:count], family.base_arrays if needs_base else None,
-            parameters=shared, per_model=weight, seed=7,
+            parameters=shared, per_model=weight, seed=7, statistics=given,
         )  # fmt: skip
         assert bits(values(tmp_path / "out")) == bits(arrays)
 
@@ -144,6 +150,8 @@ WITH_LAMBDA = [n for n in smelt.methods.names() if (p := smelt.methods.get(n).pa
 
 @pytest.mark.parametrize("name", WITH_LAMBDA)
 def test_lambda_zero_is_the_base_bit_for_bit(name: str) -> None:
-    parameters = {**required(smelt.methods.get(name), "paper"), "lambda": 0.0}
-    out = smelt.merge_tensors(name, [X, Y], BASE, parameters=parameters)
+    method = smelt.methods.get(name)
+    parameters = {**required(method, "paper"), "lambda": 0.0}
+    given = statistics_for(method, parameters, [X, Y])
+    out = smelt.merge_tensors(name, [X, Y], BASE, parameters=parameters, statistics=given)
     assert bits(out) == bits(dict(sorted(BASE.items())))

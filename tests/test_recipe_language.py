@@ -240,7 +240,7 @@ LATER = [
         MODELS + "base_model: {model: a, lora: b}\n",
         "3:13: an adapter (the part after +, or lora) ",
     ),
-    ("statistics", HEAD + "models: [{model: a, statistics: s}]\n", "2:33: statistics "),
+    ("statistics", HEAD + "models: [{model: a, statistics: s+b}]\n", "2:33: an adapter (the part after +, or lora) "),
     ("residual", SOURCE + "  - {model: a, layer_range: [0, 1]}\n  residual_weight: 1\n", "3:3: residual_weight "),
     ("format", MODELS + "output: {format: gguf}\n", "3:1: the output format gguf "),
     (

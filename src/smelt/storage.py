@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import shutil
 import stat
@@ -127,6 +128,35 @@ def pread_into(descriptor: int, out: memoryview, offset: int, path: object = "fi
                 "expected; was it changed meanwhile?"
             )
         done += got
+
+
+def stretch(descriptor: int, path: Path, start: int, size: int) -> io.BufferedReader:
+    """``size`` bytes of an open file from ``start`` on, as a file of its own; closing it leaves the descriptor open."""
+    return io.BufferedReader(_Stretch(descriptor, path, start, size))
+
+
+class _Stretch(io.RawIOBase):
+    def __init__(self, descriptor: int, path: Path, start: int, size: int) -> None:
+        self._descriptor, self._path, self._start, self._size = descriptor, path, start, size
+        self._place = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
+        self._place = max(0, origin + offset)
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        count = max(0, min(len(view), self._size - self._place))
+        pread_into(self._descriptor, view[:count], self._start + self._place, self._path)
+        self._place += count
+        return count
 
 
 def pwrite_all(descriptor: int, data: memoryview, offset: int, path: object = "file") -> None:

@@ -7,7 +7,6 @@ nothing, and any other name is refused. Tensors stay on the disk; they are read 
 
 from __future__ import annotations
 
-import io
 import pickle
 import struct
 import weakref
@@ -17,12 +16,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy.typing as npt
 
 from .. import storage
-from ..errors import InputRejected, show
+from ..errors import InputRejected, OperationFailed, show
 from ..kernels.dtypes import DTYPES
 
 #: Bytes of a pickle: names and shapes of a hundred thousand tensors stay far below.
@@ -93,7 +92,7 @@ class TorchFile:
 
     def check_unchanged(self) -> None:
         if storage.identity(self.path) != self.identity:
-            raise InputRejected(f"{storage.shown(self.path)} changed while it was being read: run again")
+            raise OperationFailed(f"{storage.shown(self.path)} changed while it was being read: run again")
 
     def close(self) -> None:
         self._closing()
@@ -102,7 +101,7 @@ class TorchFile:
 
     def _directory(self) -> dict[str, tuple[int, int]]:
         """Record -> (first byte, size), names without the leading folder. Only stored records can be read in place."""
-        with zipfile.ZipFile(io.BufferedReader(_Seekable(self))) as archive:
+        with zipfile.ZipFile(storage.stretch(self._descriptor, self.path, 0, self.identity.size)) as archive:
             entries = archive.infolist()
         records = {}
         for entry in entries:
@@ -117,24 +116,24 @@ class TorchFile:
     def _start(self, entry: zipfile.ZipInfo) -> int:
         """The first byte of a record, behind its own header."""
         header = bytearray(30)
+        if not 0 <= entry.header_offset <= self.identity.size - len(header):
+            raise ValueError(f"record {show(entry.filename)} lies outside of the file")
         self.pread(memoryview(header), entry.header_offset)
         name, extra = struct.unpack("<HH", header[26:30])
         return entry.header_offset + 30 + int(name) + int(extra)
 
-    def _record(self, name: str) -> bytes:
-        start, size = self._records[name]
-        if size > MAX_PICKLE:
-            raise ValueError(f"record {show(name)} has {size} bytes, at most {MAX_PICKLE} are accepted")
-        data = bytearray(size)
-        self.pread(memoryview(data), start)
-        return bytes(data)
-
     # --- the pickle -----------------------------------------------------------------------------------------
 
     def _unpickled(self) -> Any:
-        if "byteorder" in self._records and self._record("byteorder") != b"little":
+        if "byteorder" in self._records and self._record("byteorder").read() != b"little":
             raise ValueError("it was written on a big-endian machine")
         return _Unpickler(self, self._record("data.pkl")).load()
+
+    def _record(self, name: str) -> IO[bytes]:
+        start, size = self._records[name]
+        if size > MAX_PICKLE:
+            raise ValueError(f"record {show(name)} has {size} bytes, at most {MAX_PICKLE} are accepted")
+        return storage.stretch(self._descriptor, self.path, start, size)
 
     def tensor(self, pid: Any, offset: int, shape: Any, stride: Any) -> StoredTensor:
         """A tensor on the storage that ``pid`` names, checked against the size of its record."""
@@ -155,34 +154,9 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(prod(shape[place + 1 :]) for place in range(len(shape)))
 
 
-class _Seekable(io.RawIOBase):
-    """What zipfile needs to read the directory of an open file."""
-
-    def __init__(self, file: TorchFile) -> None:
-        self._file, self._place = file, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._file.identity.size}[whence]
-        self._place = max(0, origin + offset)
-        return self._place
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        count = max(0, min(len(view), self._file.identity.size - self._place))
-        self._file.pread(view[:count], self._place)
-        self._place += count
-        return count
-
-
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: TorchFile, data: bytes) -> None:
-        super().__init__(io.BytesIO(data))
+    def __init__(self, file: TorchFile, data: IO[bytes]) -> None:
+        super().__init__(data)
         self._file = file
 
     def find_class(self, module: str, name: str) -> Any:

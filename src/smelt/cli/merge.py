@@ -104,6 +104,7 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
             "method": f"{facts['method']} ({facts['variant']})",
             "tensors": str(facts["tensors"]),
             "inputs": ", ".join(map(plain, facts["inputs"])),
+            **({"statistics": ", ".join(map(plain, facts["statistics"]))} if facts["statistics"] else {}),
             "passes": f"{passes['whole_model']} over all inputs, {passes['per_tensor']} per tensor, one to merge",
             "reads": size(facts["bytes_read"]),
             "writes": size(facts["bytes_written"]),

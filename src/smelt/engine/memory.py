@@ -211,7 +211,7 @@ def _given_statistics(given: Sequence[Mapping[str, Arrays]], method: Method, mod
 
 def _kinds(statistic: Statistic) -> Iterator[str]:
     for kind in (statistic.kind, *statistic.also):
-        yield from (kind, f"{kind}_row", f"{kind}_column") if statistic.factored else (kind,)
+        yield from (kind, f"{kind}_row", f"{kind}_col") if statistic.factored else (kind,)
 
 
 def _as_kind(kind: str, dtype: str, shape: tuple[int, ...], stored: npt.NDArray[Any]) -> Any:

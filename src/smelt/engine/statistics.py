@@ -2,7 +2,7 @@
 
 A tensor's statistic of a kind is stored as ``kind/name``, as ``name.kind``, or as ``name`` alone where the
 file's metadata names no other ``kind``. A kind that may be factored is also read from the sums of its rows
-and columns, ``kind_row/name`` and ``kind_column/name``.
+and columns, ``kind_row/name`` and ``kind_col/name``.
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ def _impossible(stored: npt.NDArray[Any], code: str, signed: bool) -> npt.NDArra
     exponent, sign = (bits.dtype.type(x) for x in (DTYPES[code].exponent_mask, 1 << (DTYPES[code].bits - 1)))
     if signed:
         return np.asarray((bits & exponent) == exponent)
+    if not bits.size or bits.max() < exponent:  # one fast look is nearly always enough
+        return np.zeros(0, np.bool_)
     return np.asarray((bits >= exponent) & (bits != sign))
 
 
@@ -103,13 +105,13 @@ class Statistics:
             dense = self._stored(kind, name, statistic.signed)
             if dense is not None:
                 yield dense
-            rows, columns = (self._stored(f"{kind}_{part}", name) for part in ("row", "column"))
+            rows, columns = (self._stored(f"{kind}_{part}", name) for part in ("row", "col"))
             if statistic.factored and rows is not None and columns is not None:
                 yield FactoredOperand(rows, columns)
 
     def _stored(self, kind: str, name: str, signed: bool = False) -> StatisticOperand | None:
         metadata = self.checkpoint.metadata.get("kind")
-        bare = [name] if metadata == kind or (metadata is None and not kind.endswith(("_row", "_column"))) else []
+        bare = [name] if metadata == kind or (metadata is None and not kind.endswith(("_row", "_col"))) else []
         for spelling in (f"{kind}/{name}", f"{name}.{kind}", *bare):
             if spelling in self.checkpoint:
                 return StatisticOperand(self.checkpoint, spelling, self._ledger, signed)
@@ -195,13 +197,15 @@ class Finder:
         """Tensors whose statistic is missing or of another shape."""
         kinds = self._wanted - self._seen if not self._missing and not self._misfits and not self._absent else set()
         nowhere = [f"{', '.join(self._given)}: no tensor has a statistic of kind {kind}" for kind in sorted(kinds)]
-        missing = [_missing(label, kind, names) for (label, kind), names in sorted(self._missing.items())]
+        lenient = [name for name in ("missing", "exclude") if self._method.parameter(name)]
+        hint = f"; see the parameter {' and '.join(lenient)}" if lenient else ""
+        missing = [_missing(label, kind, names) + hint for (label, kind), names in sorted(self._missing.items())]
         return [*missing, *self._misfits, *nowhere]
 
 
 def _missing(label: str, kind: str, names: Sequence[str]) -> str:
     named = ", ".join(show(name) for name in names[:3]) + (" and others" if len(names) > 3 else "")
-    return f"{label}: no {kind} of {len(names)} tensor(s): {named}; see the parameters missing and exclude"
+    return f"{label}: no {kind} of {len(names)} tensor(s): {named}"
 
 
 def _fits(operand: Found, statistic: Statistic, shape: Shape) -> bool:

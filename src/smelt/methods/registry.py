@@ -104,7 +104,7 @@ class Statistic:
 
     ``shape`` is that of each tensor's statistic: "tensor" (as the weight), "columns" (the length of its last
     axis), "square" (that length twice), "number" (one element). ``also`` are kinds that serve as well.
-    ``factored``: may be stored as the sums of its rows and of its columns (kinds ``_row``, ``_column``).
+    ``factored``: may be stored as the sums of its rows and of its columns (kinds ``_row``, ``_col``).
     ``when`` (a parameter, its values) tells under which choices alone it is used. ``single``: one checkpoint
     serves all models. ``partial``: only some tensors have it. ``signed``: may be negative.
     """
