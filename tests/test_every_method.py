@@ -145,7 +145,12 @@ def spoilt(arrays: Arrays, value: float) -> Arrays:
     return bad
 
 
-WITH_LAMBDA = [n for n in smelt.methods.names() if (p := smelt.methods.get(n).parameter("lambda")) and p.when is None]
+#: Where it is the factor of the merged vector, which a value per model is not.
+WITH_LAMBDA = [
+    n
+    for n in smelt.methods.names()
+    if (p := smelt.methods.get(n).parameter("lambda")) and p.when is None and not p.per_model
+]
 
 
 @pytest.mark.parametrize("name", WITH_LAMBDA)

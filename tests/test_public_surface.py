@@ -15,8 +15,9 @@ import smelt
 
 #: The promise. A name that is added or removed here is a change for users: tell it in CHANGELOG.md.
 PUBLIC = [
-    "Artifact", "Checkpoint", "InputRejected", "MissingExtra", "OperationFailed", "Plan", "SmeltError",
-    "UsageError", "__version__", "check", "load", "merge", "merge_tensors", "methods", "plan", "verify",
+    "Artifact", "Checkpoint", "InputRejected", "MissingExtra", "OperationFailed", "Plan", "SmeltError", "Soup",
+    "UsageError", "__version__", "check", "choose_lambdas", "greedy_soup", "load", "merge", "merge_tensors",
+    "methods", "plan", "restore_task", "verify",
 ]  # fmt: skip
 HEAVY = {"numpy", "numba", "llvmlite", "torch", "transformers", "huggingface_hub", "rich", "yaml", "ml_dtypes"}
 DOORS = ["smelt", *(f"smelt.{name}" for name in ("architecture", "checkpoint", "diagnosis", "engine", "methods",

@@ -2,6 +2,7 @@
 
     smelt.merge("recipe.yml", "out")        run a recipe (mergekit's YAML runs unmodified)
     smelt.merge_tensors("ties", [a, b], base)   the same methods on dicts of arrays
+    smelt.greedy_soup([a, b, c], score)     average from the best down, keeping what helps
     smelt.load("model")                     a lazy mapping name -> tensor
     smelt.check(["a", "b"], base="c")       do these share a backbone, what should I use?
     smelt.methods.names()                   the registry
@@ -21,16 +22,29 @@ if TYPE_CHECKING:
     from . import methods
     from .checkpoint import Checkpoint, load
     from .diagnosis import check
-    from .engine import Artifact, Plan, merge, merge_tensors, plan, verify
+    from .engine import (
+        Artifact,
+        Plan,
+        Soup,
+        choose_lambdas,
+        greedy_soup,
+        merge,
+        merge_tensors,
+        plan,
+        restore_task,
+        verify,
+    )
 
 __all__ = [
-    "Artifact", "Checkpoint", "InputRejected", "MissingExtra", "OperationFailed", "Plan", "SmeltError",
-    "UsageError", "__version__", "check", "load", "merge", "merge_tensors", "methods", "plan", "verify",
+    "Artifact", "Checkpoint", "InputRejected", "MissingExtra", "OperationFailed", "Plan", "SmeltError", "Soup",
+    "UsageError", "__version__", "check", "choose_lambdas", "greedy_soup", "load", "merge", "merge_tensors",
+    "methods", "plan", "restore_task", "verify",
 ]  # fmt: skip
 
 _HOMES = {
-    "Artifact": "engine", "Checkpoint": "checkpoint", "Plan": "engine", "check": "diagnosis",
-    "load": "checkpoint", "merge": "engine", "merge_tensors": "engine", "plan": "engine", "verify": "engine",
+    "Artifact": "engine", "Checkpoint": "checkpoint", "Plan": "engine", "Soup": "engine", "check": "diagnosis",
+    "choose_lambdas": "engine", "greedy_soup": "engine", "load": "checkpoint", "merge": "engine",
+    "merge_tensors": "engine", "plan": "engine", "restore_task": "engine", "verify": "engine",
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import smelt
 
-from .case import Inputs, Mismatch, compare
+from .case import Inputs, Mismatch, boundary, compare
 from .runners import all_runners
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -32,7 +32,7 @@ def run_case(folder: Path) -> str:
         raise Mismatch(f"refused: {error}") from error
     except Exception as error:
         raise Mismatch(f"crashed: {type(error).__name__}: {error}") from error
-    compare(result, dict(smelt.load(folder / "expected.safetensors")), case["tolerance"])
+    compare(result, dict(smelt.load(folder / "expected.safetensors")), case["tolerance"], boundary(case))
     return slug
 
 

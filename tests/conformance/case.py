@@ -6,6 +6,7 @@ Only names are adapted here and in the runners: every formula lives in smelt.
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -101,8 +102,18 @@ def with_base(method: str) -> Runner:
 # --- comparing -------------------------------------------------------------------------------------------
 
 
-def compare(result: Arrays, expected: Arrays, tolerance: dict[str, float]) -> None:
-    """Same names, shapes, dtypes, and |a - b| <= atol + rtol |b| everywhere."""
+def boundary(case: dict[str, Any]) -> int:
+    """How many elements of masks, and of what is made with them, the notes say may fall on either side."""
+    said = re.search(r"(\d+) positions lie within \S+ of the decision boundary", case.get("notes", ""))
+    return int(said[1]) if said else 0
+
+
+def compare(result: Arrays, expected: Arrays, tolerance: dict[str, float], undecided: int = 0) -> None:
+    """Same names, shapes, dtypes, and |a - b| <= atol + rtol |b| everywhere.
+
+    Up to ``undecided`` elements may differ in all masks together, and as many in all tasks' models.
+    """
+    left = {"mask": undecided, "task": undecided}
     if set(result) != set(expected):
         raise Mismatch(f"names differ: {sorted(set(result) ^ set(expected))[:5]}")
     worst = ("", 0.0, 0.0)
@@ -112,7 +123,10 @@ def compare(result: Arrays, expected: Arrays, tolerance: dict[str, float]) -> No
             raise Mismatch(f"{name}: {got.dtype}{got.shape}, expected {wanted.dtype}{wanted.shape}")
         a, b = got.astype(np.float64), wanted.astype(np.float64)
         excess = np.abs(a - b) - (tolerance["atol"] + tolerance["rtol"] * np.abs(b))
-        if excess.size and not excess.max() <= worst[1]:
+        kind = name.partition(".")[0]
+        if kind in left and (apart := int((excess > 0).sum())) <= left[kind] and np.isfinite(a).all():
+            left[kind] -= apart
+        elif excess.size and not excess.max() <= worst[1]:
             worst = (name, float(excess.max()), float(np.abs(a - b).max()))
     if worst[0]:
         raise Mismatch(f"{worst[0]}: error {worst[2]:.3g} exceeds {tolerance}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from .config import Config, KeyPath, depths, extra_layers
@@ -55,6 +55,17 @@ def find_stacks(names: Iterable[str], shapes: Shapes, config: Config) -> tuple[t
         f"{s.prefix}: config.json does not tell which key counts its layers" for s in stacks if not s.count_keys
     ]
     return tuple(stacks), tuple(remarks)
+
+
+#: (names, shapes, config) to the stacks and remarks.
+StackFinder = Callable[[Iterable[str], Shapes, Config], tuple[tuple[Stack, ...], tuple[str, ...]]]
+
+
+def stacks_by_names(names: Iterable[str], shapes: Shapes, config: Config) -> tuple[tuple[Stack, ...], tuple[str, ...]]:
+    """The stacks where no config counts the layers: rows of at least two blocks, numbered from 0 and alike."""
+    found = sorted(_containers(names, shapes).items())
+    rows = [(prefix, c) for prefix, c in found if len(c) > 1 and set(c) == set(range(len(c)))]
+    return tuple(Stack(prefix, len(children), ()) for prefix, children in rows if _are_alike(children)), ()
 
 
 def _containers(names: Iterable[str], shapes: Shapes) -> dict[str, dict[int, _Child]]:

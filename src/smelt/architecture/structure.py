@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .config import Config, KeyPath, layer_patterns, lists_per_layer, section_at
-from .depth import Stack, find_stacks
+from .depth import Stack, StackFinder, find_stacks, stacks_by_names
 from .names import expert_in, first_index
 from .roles import role_of
 from .ties import Shape, Vocabulary
@@ -55,10 +55,10 @@ class Structure:
     vocabulary: embedding and head.
     """
 
-    def __init__(self, shapes: Mapping[str, Shape | None], config: Config) -> None:
+    def __init__(self, shapes: Mapping[str, Shape | None], config: Config, find: StackFinder = find_stacks) -> None:
         known = {name: shape for name, shape in shapes.items() if shape is not None}
         self._config = config
-        self.stacks, self.remarks = find_stacks(shapes, known, config)
+        self.stacks, self.remarks = find(shapes, known, config)
         self._stack_of = {stack.prefix: stack for stack in self.stacks}
         self.roles = {name: self._classify(name, shapes) for name in sorted(shapes)}
         self.vocabulary = Vocabulary({role.name: role.role for role in self}, known, config)
@@ -73,6 +73,11 @@ class Structure:
         if isinstance(names, Mapping):
             return cls({name: tuple(shape) for name, shape in names.items()}, config or {})
         return cls(dict.fromkeys(names), config or {})
+
+    @classmethod
+    def by_names(cls, shapes: Mapping[str, Shape]) -> Structure:
+        """The structure as names and shapes alone tell it: each row of numbered blocks that are alike is a stack."""
+        return cls(shapes, {}, stacks_by_names)
 
     def __getitem__(self, name: str) -> TensorRole:
         return self.roles[name]

@@ -8,14 +8,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .memory import merge_tensors
     from .planning import Plan, plan
+    from .restore import restore_task
     from .run import Artifact, merge
+    from .selection import Soup, choose_lambdas, greedy_soup
     from .verification import verify
 
-__all__ = ["Artifact", "Plan", "merge", "merge_tensors", "plan", "verify"]
+__all__ = [
+    "Artifact", "Plan", "Soup", "choose_lambdas", "greedy_soup", "merge", "merge_tensors", "plan", "restore_task",
+    "verify",
+]  # fmt: skip
 
 _HOMES = {
-    "Artifact": "run", "Plan": "planning", "merge": "run", "merge_tensors": "memory", "plan": "planning",
-    "verify": "verification",
+    "Artifact": "run", "Plan": "planning", "Soup": "selection", "choose_lambdas": "selection",
+    "greedy_soup": "selection", "merge": "run", "merge_tensors": "memory", "plan": "planning",
+    "restore_task": "restore", "verify": "verification",
 }  # fmt: skip
 
 

@@ -16,9 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import numpy.typing as npt
 
-from ..kernels.program import Call, Copy, Operand, Output, Request, Whole
+from ..kernels.program import Bits, Call, Copy, Number, Operand, Output, Request, Whole
 from .device import Mapper
 from .progress import Progress, Silent
 from .quota import Quotas
@@ -147,9 +148,14 @@ class Executor:
         elif isinstance(output, Whole):
             live.tiles = [Tile(0, job.count, self._buffers)]
             self._submit(live, lambda tile: run_whole(output, job, self._sink, self._buffers), self._end(live))
+        elif isinstance(output, Number):
+            live.tiles = [Tile(0, 1, self._buffers)]
+            self._submit(live, lambda tile: self._write_number(job, output.value), self._end(live))
         else:
             live.tiles = self._tiles(job, by_rows=False)
-            self._submit(live, self._map(job, output, live.quotas), self._end(live))
+            quotas = live.quotas
+            task = self._pack(job, output, quotas) if isinstance(output, Bits) else self._map(job, output, quotas)
+            self._submit(live, task, self._end(live))
 
     def _map(self, job: Job, output: Call | Copy, quotas: Quotas) -> Task:
         def task(tile: Tile) -> None:
@@ -160,6 +166,22 @@ class Executor:
             self._progress.advance(out.nbytes)
 
         return task
+
+    def _pack(self, job: Job, output: Bits, quotas: Quotas) -> Task:
+        """As :meth:`_map`, eight elements to a byte; a tile is a multiple of eight."""
+
+        def task(tile: Tile) -> None:
+            values = self._buffers.take(tile.count, "F32")
+            self._mapper(job.name, quotas.resolved(output.call, tile), "F32", tile, values)
+            packed = np.packbits(values != 0)
+            self._buffers.give(values)
+            self._sink.write(job.name, tile.start // 8, packed, lambda: None)
+            self._progress.advance(packed.nbytes)
+
+        return task
+
+    def _write_number(self, job: Job, value: float) -> None:
+        self._sink.write(job.name, 0, np.array([value], np.float32), lambda: None)
 
     def _end(self, live: _Live) -> Callable[[], None]:
         def after() -> None:

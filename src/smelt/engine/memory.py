@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ..architecture import Structure
 from ..checkpoint import load
 from ..errors import InputRejected, UsageError, show
 from ..kernels.dtypes import DTYPES, NAMES
 from ..kernels.program import Copy, Output
 from ..methods import Method, Model, Statistic, Tensor, get
+from ..methods.tensors import identity
 from .device import Policy, mapper_for
 from .execute import Executor, Job, Steps, usable_cores
 from .operands import CheckpointOperand
 from .parameters import check_counts, constant_parameters
+from .parts import own_parts, parts_of
 from .statistics import Finder, Member, Statistics
 from .types import common_dtype
 
@@ -36,6 +40,8 @@ def merge_tensors(
     seed: int = 0,
     dtype: str | None = None,
     tied: Mapping[str, str] | None = None,
+    parts: bool = False,
+    config: Mapping[str, Any] | None = None,
     device: str = "cpu",
     threads: int | None = None,
     on_nonfinite: Policy = "error",
@@ -53,6 +59,11 @@ def merge_tensors(
     seed: names the random draws.
     dtype: of the output ("bfloat16", ...); default: the inputs' common type per tensor.
     tied: alias -> owner, for names that repeat another tensor: merged (and counted) once.
+    parts: for methods whose result is more than one model: what every task's model is made of, as
+        "unified/<tensor>", "mask.<task>/<tensor>" (packed bits), "rescale.<task>/<tensor>" and, for excluded
+        tensors, "own.<task>/<tensor>". :func:`smelt.restore_task` puts them together.
+    config: the models' config.json, for methods that ask which layer a tensor belongs to; without it the
+        layers are told from the names.
     device: "cpu", or a torch device such as "cuda".
 
     Returns the merged dict, of the kind of array that ``models[0]`` holds.
@@ -61,17 +72,20 @@ def merge_tensors(
     OperationFailed when NaN or Inf is met (``on_nonfinite="warn"`` or ``"allow"`` lets it pass).
     """
     chosen = get(method)
-    shared, each = constant_parameters(chosen, parameters or {}, per_model or {}, len(models))
+    shared, each = constant_parameters(chosen, parameters or {}, per_model or {}, len(models), parts)
     UsageError.gather(check_counts(chosen, len(models), base is not None))
-    inputs = _Inputs(chosen, models, base, statistics, masks, tied or {})
+    inputs = _Inputs(chosen, models, base, statistics, masks, tied or {}, config or {})
     tensors = [inputs.tensor(name, shared, each, seed) for name in inputs.merged(shared)]
     inputs.check_statistics()
-    sink = _ArraySink()
+    sink = ArraySink()
     mapper = mapper_for(device, on_nonfinite, _warn)
     with Executor(sink, mapper, threads=threads or usable_cores()) as executor:
         tensors = _survey(chosen, tensors, executor)
-        executor.run(inputs.jobs(chosen, tensors, dtype, sink))
-    return inputs.like_the_input(sink.arrays)
+        if parts:
+            executor.run(inputs.part_jobs(chosen, tensors, dtype, sink))
+        else:
+            executor.run(inputs.jobs(chosen, tensors, dtype, sink, shared.get("task")))
+    return inputs.like_the_input(sink, parts)
 
 
 def _survey(method: Method, tensors: list[Tensor], executor: Executor) -> list[Tensor]:
@@ -90,7 +104,7 @@ def _warn(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
-class _ArraySink:
+class ArraySink:
     """Collects output tensors in memory, as stored."""
 
     def __init__(self) -> None:
@@ -106,6 +120,10 @@ class _ArraySink:
     def finish(self, name: str) -> None:
         pass
 
+    def values(self, library: str) -> dict[str, Any]:
+        """Everything that was written, as arrays of numpy or torch."""
+        return {name: _as_kind(library, *stored) for name, stored in self.arrays.items()}
+
 
 class _Inputs:
     """The dicts as checkpoints, and which of their tensors are merged, copied or shared."""
@@ -113,6 +131,7 @@ class _Inputs:
     def __init__(
         self, method: Method, models: Sequence[Arrays], base: Arrays | None,
         statistics: Sequence[Mapping[str, Arrays]] | None, masks: Sequence[Arrays] | None, tied: Mapping[str, str],
+        config: Mapping[str, Any],
     ) -> None:  # fmt: skip
         self._method = method
         self._models = [load(model, label=f"model {i}") for i, model in enumerate(models)]
@@ -123,6 +142,8 @@ class _Inputs:
         self._aliases = {alias: owner for alias, owner in tied.items() if alias != owner}
         self._everything = [*([self._base] if self._base is not None else []), *self._models]
         self.names = self._common_names()
+        shapes = {name: info.shape for name, info in self._everything[0].tensors.items()} if self._everything else {}
+        self._roles = Structure.of(shapes, config) if config else Structure.by_names(shapes)
 
     def _common_names(self) -> list[str]:
         """Names that all inputs have, after checking that they agree on names, shapes and kinds."""
@@ -161,6 +182,7 @@ class _Inputs:
                 [Member(f"model {i}", name, given) for i, given in enumerate(self._statistics)],
             ),
             masks=masks or None,
+            role=self._roles.get(name),
         )  # fmt: skip
 
     def check_statistics(self) -> None:
@@ -168,31 +190,52 @@ class _Inputs:
         UsageError.gather(self._finder.usage_problems())
         InputRejected.gather(self._finder.problems())
 
-    def jobs(self, method: Method, tensors: list[Tensor], dtype: str | None, sink: _ArraySink) -> list[Job]:
+    def jobs(
+        self, method: Method, tensors: list[Tensor], dtype: str | None, sink: ArraySink, task: int | None
+    ) -> list[Job]:
         """One job per output tensor: merged by the method, or copied."""
         jobs = []
         merged = {tensor.name: tensor for tensor in tensors}
-        for name in self.names:
-            if name in self._aliases:
-                continue
-            sources = [CheckpointOperand(checkpoint, name) for checkpoint in self._everything]
+        for name, sources in self._sources():
             code = _output_dtype([source.dtype for source in sources], dtype)
             sink.expect(name, code, sources[0].shape)
-            jobs.append(Job(name, code, sources[0].count, sources, self._begin(name, merged.get(name), method)))
+            jobs.append(Job(name, code, sources[0].count, sources, self._begin(name, merged.get(name), method, task)))
         return jobs
 
-    def _begin(self, name: str, tensor: Tensor | None, method: Method) -> Callable[[], Steps | Output]:
+    def part_jobs(self, method: Method, tensors: list[Tensor], dtype: str | None, sink: ArraySink) -> list[Job]:
+        """One job per part of each merged tensor, and for excluded ones one per model."""
+        jobs = []
+        merged = {tensor.name: tensor for tensor in tensors}
+        for name, sources in self._sources():
+            code = _output_dtype([source.dtype for source in sources], dtype)
+            models = sources[-len(self._models) :] if self._floating(name) else []
+            parts = parts_of(method, merged[name], code) if name in merged else own_parts(name, models, code)
+            for part in parts:
+                sink.expect(part.name, part.dtype, part.shape)
+                jobs.append(Job(part.name, part.dtype, sources[0].count, sources, partial(identity, part.output)))
+        return jobs
+
+    def _sources(self) -> Iterator[tuple[str, list[CheckpointOperand]]]:
+        """Each tensor that is no alias, with its operands: the base's first, then the models'."""
+        for name in self.names:
+            if name not in self._aliases:
+                yield name, [CheckpointOperand(checkpoint, name) for checkpoint in self._everything]
+
+    def _begin(
+        self, name: str, tensor: Tensor | None, method: Method, task: int | None
+    ) -> Callable[[], Steps | Output]:
         if tensor is not None:
             return lambda: method.merge(tensor)
-        if not self._floating(name) or method.keeps_excluded == "base" or len(self._models) > 1:
-            return lambda: Copy(CheckpointOperand(self._everything[0], name))
-        return lambda: Copy(CheckpointOperand(self._models[0], name))
+        kept = method.keeper(len(self._models), task) if self._floating(name) else None
+        return partial(Copy, CheckpointOperand(self._everything[0] if kept is None else self._models[kept], name))
 
-    def like_the_input(self, arrays: Mapping[str, tuple[str, tuple[int, ...], npt.NDArray[Any]]]) -> dict[str, Any]:
+    def like_the_input(self, sink: ArraySink, parts: bool) -> dict[str, Any]:
         """The stored arrays as values, of the caller's kind, aliases included."""
-        kind = getattr(self._models[0] if self._models else self._base, "kind", "numpy")
-        values = {name: _as_kind(kind, *stored) for name, stored in arrays.items()}
-        values.update({alias: values[owner] for alias, owner in self._aliases.items()})
+        values = sink.values(getattr(self._models[0] if self._models else self._base, "kind", "numpy"))
+        for name in list(values):
+            kind, slash, tensor = name.partition("/") if parts else ("", "", name)
+            aliases = [alias for alias, owner in self._aliases.items() if owner == tensor]
+            values.update({f"{kind}{slash}{alias}": values[name] for alias in aliases})
         return dict(sorted(values.items()))
 
 

@@ -6,16 +6,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import UsageError
+from ..methods.parts import EVERY
 from ..methods.registry import REQUIRED, Method, Parameter
 from ..recipe import did_you_mean
 
 
 def constant_parameters(
-    method: Method, parameters: Mapping[str, Any], per_model: Mapping[str, Sequence[Any]], models: int
+    method: Method,
+    parameters: Mapping[str, Any],
+    per_model: Mapping[str, Sequence[Any]],
+    models: int,
+    parts: bool = False,
 ) -> tuple[dict[str, Any], dict[str, tuple[Any, ...]]]:
     """(shared, each) when one value holds for all tensors; every mistake is reported at once.
 
-    A per-model parameter may be given in ``parameters`` as one number for all models.
+    A per-model parameter may be given in ``parameters`` as one number for all models. ``parts``: every task's
+    parts are made.
     """
     problems = [unknown_parameter(method, name) for name in [*parameters, *per_model] if not _known(method, name)]
     variant = str(parameters.get("variant", method.variants[0]))
@@ -28,9 +34,19 @@ def constant_parameters(
             each[parameter.name] = values
         elif values:
             shared[parameter.name] = values[0]
+    if parts:
+        problems += parts_problems(method, "task" in parameters)
+        shared["task"] = EVERY
     problems += [f"{method.name}: {text}" for text in method.idle([*parameters, *per_model], shared.get)]
     UsageError.gather(dict.fromkeys(problems))
     return shared, each
+
+
+def parts_problems(method: Method, task_given: bool) -> list[str]:
+    """What is wrong with asking for the parts that a result is made of."""
+    if method.parts is None:
+        return [f"{method.name} has no parts per task: its result is one model"]
+    return [f"{method.name}: task has no effect where the parts of all tasks are made"] if task_given else []
 
 
 def _known(method: Method, name: str) -> bool:
@@ -62,7 +78,8 @@ def _values(
     values = tuple(tuple(value) if isinstance(value, list) else value for value in values)
     if any(value is REQUIRED for value in values):
         return (), [f"{name} is required{' for each model' if parameter.per_model else ''}"]
-    return values, [problem for value in values if (problem := parameter.problem_with(value))]
+    given = (value for value in values if value is not None or parameter.default_for(variant) is not None)
+    return values, [problem for value in given if (problem := parameter.problem_with(value))]
 
 
 def check_counts(method: Method, models: int, has_base: bool) -> list[str]:

@@ -186,7 +186,8 @@ class SumReducer:
         return run_sums(call, tile, tile.start, tile.count, self._width, self._products)
 
     def absorb(self, partials: Partials) -> None:
-        blocks = np.concatenate([part for _, part in partials])
+        columns = self._width * (self._width + 1) // 2 if self._products else self._width
+        blocks = np.concatenate([np.zeros((0, columns)), *(part for _, part in partials)])
         sums = [math.fsum(column) for column in blocks.T.tolist()]
         self.result = _symmetric(sums, self._width) if self._products else sums
         self.done = True

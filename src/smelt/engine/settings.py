@@ -125,7 +125,7 @@ class Resolver:
             owner = f" for {source.input.label}" if source is not None else ""
             self._missing[f"{self._method.name}: {parameter.name} is required{owner} (tensor {piece.name})"] = None
             return 1.0
-        return convert(value, parameter.kind)
+        return None if value is None else convert(value, parameter.kind)
 
     def raise_missing(self) -> None:
         """UsageError naming the parameters that had no value, one tensor each as an example."""

@@ -198,4 +198,18 @@ class Whole:
         return Call(self.function, self.arguments)
 
 
-Output = Call | Copy | Whole
+@dataclass(frozen=True, eq=False)
+class Bits:
+    """One bit per element, set where the value is not 0: eight to a byte, the first in the most significant bit."""
+
+    call: Call
+
+
+@dataclass(frozen=True)
+class Number:
+    """A single number, stored as float32."""
+
+    value: float
+
+
+Output = Call | Copy | Whole | Bits | Number

@@ -30,9 +30,10 @@ Steps = Generator[tuple[Request, ...], list[Any], Any]
 class Parameter:
     """One knob of a method. ``per_model`` parameters take one value per model (the base excepted).
 
+    A default of None stands for one that depends on the rest; ``help`` says on what.
     ``low`` and ``high`` bound a number, inclusive unless ``open_low``; ``choices`` bound a word.
     ``mergekit`` tells whether mergekit's method has it too, ``defaults`` where a variant's default differs,
-    ``when`` (another parameter, its values) under which choices alone it has an effect.
+    ``when`` (another parameter, its values) under which choices alone it has an effect; no values: under any.
     """
 
     name: str
@@ -134,6 +135,7 @@ class Method:
     requests, receives their results and returns the call that makes the output. ``survey`` does the same
     once over the whole model, before any tensor; what it returns reaches ``merge`` as ``tensor.survey``.
     A tensor without one of the ``statistics`` reaches ``merge`` only if the parameter ``missing`` is not "error".
+    ``parts`` gives, for methods whose result is more than one model, the outputs that it is made of by name.
     ``passes`` tells, from the parameters, how often all inputs are read for the survey and how often each
     tensor is gone through for statistics.
     """
@@ -150,10 +152,15 @@ class Method:
     max_models: int | None = None
     survey: Callable[[Model], Steps] | None = None
     passes: Callable[[dict[str, Any]], tuple[int, int]] = lambda parameters: (0, 0)
+    parts: Callable[[Tensor], dict[str, Output]] | None = None
     random: bool = False
     statistics: tuple[Statistic, ...] = ()
     variants: tuple[str, ...] = ("paper",)
     keeps_excluded: Literal["base", "model"] = "base"
+
+    def keeper(self, models: int, task: int | None) -> int | None:
+        """Which model an excluded tensor is taken from; None: the base."""
+        return task if task is not None else 0 if self.keeps_excluded == "model" and models == 1 else None
 
     def parameter(self, name: str) -> Parameter | None:
         return next((parameter for parameter in self.parameters if parameter.name == name), None)
@@ -162,9 +169,9 @@ class Method:
         """Parameters that were given though they have no effect beside the others: one sentence each."""
         chosen = [parameter for parameter in self.parameters if parameter.name in set(given)]
         return [
-            f"{parameter.name} has no effect with {parameter.when[0]}: {value_of(parameter.when[0])}"
+            f"{parameter.name} has no effect {_beside(parameter.when[0], value_of(parameter.when[0]))}"
             for parameter in chosen
-            if parameter.when is not None and value_of(parameter.when[0]) not in parameter.when[1]
+            if parameter.when is not None and not _among(value_of(parameter.when[0]), parameter.when[1])
         ]
 
     @property
@@ -173,6 +180,14 @@ class Method:
         if len(self.variants) < 2:
             return self.parameters
         return (*self.parameters, variant_parameter(self.variants))
+
+
+def _among(value: Any, values: tuple[str, ...]) -> bool:
+    return value in values if values else value is not None
+
+
+def _beside(name: str, value: Any) -> str:
+    return f"without {name}" if value is None else f"with {name}: {value}"
 
 
 def variant_parameter(variants: tuple[str, ...]) -> Parameter:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..architecture import TensorRole
 from ..kernels.program import Draw, Mask, Operand
 from ..kernels.random import key_of
 from ..kernels.vocabulary import where
@@ -17,7 +18,8 @@ class Tensor:
 
     ``models`` are the operands that are merged (without the base where the method has one), in recipe
     order. ``shared`` holds the values of shared parameters, ``each`` of per-model ones (a tuple each).
-    ``statistics`` maps a kind to one operand per model, ``masks`` are draws handed in (1 = kept).
+    ``statistics`` maps a kind to one operand per model, ``masks`` are draws handed in (1 = kept). ``role`` is
+    the output tensor's place in the model.
     """
 
     name: str
@@ -29,6 +31,12 @@ class Tensor:
     statistics: Mapping[str, tuple[Operand, ...]] = field(default_factory=dict)
     masks: tuple[Operand, ...] | None = None
     survey: Any = None
+    role: TensorRole | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of models that are merged."""
+        return len(self.models)
 
     @property
     def count(self) -> int:
@@ -76,7 +84,7 @@ class Model:
     @property
     def size(self) -> int:
         """Number of models that are merged."""
-        return len(self.tensors[0].models) if self.tensors else 0
+        return self.tensors[0].size if self.tensors else 0
 
     def __getitem__(self, parameter: str) -> Any:
         """The value of a shared parameter (the same for every tensor)."""

@@ -22,23 +22,18 @@ def linear(inputs: Inputs, parameters: dict[str, Any]) -> Arrays:
 
 
 def greedy_soup(inputs: Inputs, parameters: dict[str, Any]) -> Arrays:
-    """The search of the paper with the case's stub objective, each candidate merged by smelt."""
-    models = inputs.each("model")
+    """The case's stub objective: the negative squared distance to a target."""
+    if parameters["objective"] != "negative_squared_distance_to_data/target":
+        raise Mismatch(f"unknown objective {parameters['objective']!r}")
     target = named(inputs, "target")
 
     def score(model: Arrays) -> float:
         return -sum(float(((np.float64(model[n]) - np.float64(target[n])) ** 2).sum()) for n in sorted(target))
 
-    scores = [score(model) for model in models]
-    order = sorted(range(len(models)), key=lambda i: (scores[i], i), reverse=True)
-    chosen, best = [order[0]], scores[order[0]]
-    for index in order[1:]:
-        candidate = score(smelt.merge_tensors("linear", [models[i] for i in [*chosen, index]]))
-        if candidate > best:
-            chosen, best = [*chosen, index], candidate
-    if chosen != parameters["expected_ingredients_in_order"]:
-        raise Mismatch(f"ingredients {chosen}, expected {parameters['expected_ingredients_in_order']}")
-    return smelt.merge_tensors("linear", [models[i] for i in chosen])
+    soup = smelt.greedy_soup(inputs.each("model"), score)
+    if list(soup.chosen) != parameters["expected_ingredients_in_order"]:
+        raise Mismatch(f"ingredients {soup.chosen}, expected {parameters['expected_ingredients_in_order']}")
+    return dict(soup.model)
 
 
 def slerp(inputs: Inputs, parameters: dict[str, Any]) -> Arrays:

@@ -1,0 +1,45 @@
+"""Results in parts: how they are stored, and one task's model put together again.
+
+A result in parts holds for each merged tensor ``unified/<tensor>``, and for each task ``mask.<task>/<tensor>``
+(uint8: eight elements to a byte, the first in the most significant bit, padded at the end) and, where the
+method rescales, ``rescale.<task>/<tensor>`` (float32, one number). Tensors that are not merged are
+``own.<task>/<tensor>``, whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..kernels.program import Bits, Copy, Number, Operand, Output
+from ..methods import Method, Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One stored tensor of a result in parts."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    output: Output
+
+
+def parts_of(method: Method, tensor: Tensor, dtype: str) -> list[Part]:
+    """What the method makes of one tensor; vectors are stored as ``dtype``."""
+    assert method.parts is not None
+    return [
+        Part(f"{kind}/{tensor.name}", *_stored(output, dtype, tensor), output)
+        for kind, output in method.parts(tensor).items()
+    ]
+
+
+def own_parts(name: str, models: Sequence[Operand], dtype: str) -> list[Part]:
+    """A tensor that each task keeps as it is."""
+    return [Part(f"own.{task}/{name}", dtype, model.shape, Copy(model)) for task, model in enumerate(models)]
+
+
+def _stored(output: Output, dtype: str, tensor: Tensor) -> tuple[str, tuple[int, ...]]:
+    if isinstance(output, Bits):
+        return "U8", (-(-tensor.count // 8),)
+    return ("F32", ()) if isinstance(output, Number) else (dtype, tensor.shape)

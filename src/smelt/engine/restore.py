@@ -1,0 +1,99 @@
+"""One task's model, put together from the base and a result in parts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..checkpoint import Checkpoint, load
+from ..errors import InputRejected, show
+from ..kernels.program import Call, Copy, Mask, call
+from ..methods.parts import restored
+from ..methods.tensors import identity
+from .device import mapper_for
+from .execute import Executor, Job, usable_cores
+from .memory import ArraySink
+from .operands import CheckpointOperand
+
+
+def restore_task(
+    parts: str | Path | Mapping[str, Any], base: str | Path | Mapping[str, Any], task: int, *,
+    threads: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The model of one task: base + rescale * mask * unified, tensor by tensor.
+
+    Parameters
+    ----------
+    parts: what ``merge_tensors(..., parts=True)`` returned, or the folder that ``output: {format: parts}`` wrote.
+    base: the base model's tensors, or its folder.
+    task: the number of the task, from 0.
+
+    Returns name -> array with the base's names, shapes and dtypes: what a merge with ``task`` gives, but for the
+    rounding of a vector that was stored in a narrower type. Raises InputRejected where the two do not fit together.
+    """
+    with load(parts, label="parts") as made, load(base, label="base") as origin:
+        InputRejected.gather(_problems(made, origin, task))
+        sink = ArraySink()
+        jobs = [_job(made, origin, name, task) for name in origin.tensors]
+        for job in jobs:
+            sink.expect(job.name, job.dtype, origin.tensors[job.name].shape)
+        mapper = mapper_for("cpu", "error", lambda message: None)
+        with Executor(sink, mapper, threads=threads or usable_cores()) as executor:
+            executor.run(jobs)
+        return sink.values(getattr(origin, "kind", "numpy"))
+
+
+class Unpacked:
+    """Packed bits as an operand: one byte per element, 1 where the bit is set."""
+
+    dtype = "U8"
+
+    def __init__(self, packed: CheckpointOperand, shape: tuple[int, ...], count: int) -> None:
+        self.shape, self.count, self.label = shape, count, packed.label
+        self._packed = packed
+
+    def read(self, start: int, out: npt.NDArray[Any]) -> None:
+        first, last = start // 8, -(-(start + len(out)) // 8)
+        packed = np.empty(last - first, np.uint8)
+        self._packed.read(first, packed)
+        out[:] = np.unpackbits(packed)[start - 8 * first :][: len(out)]
+
+
+def _job(made: Checkpoint, base: Checkpoint, name: str, task: int) -> Job:
+    origin = CheckpointOperand(base, name)
+    output = _output(made, origin, name, task)
+    return Job(name, origin.dtype, origin.count, [origin], partial(identity, output))
+
+
+def _output(made: Checkpoint, origin: CheckpointOperand, name: str, task: int) -> Call | Copy:
+    if f"own.{task}/{name}" in made:
+        return Copy(CheckpointOperand(made, f"own.{task}/{name}"))
+    if f"unified/{name}" not in made:
+        return Copy(origin)
+    bits = Unpacked(CheckpointOperand(made, f"mask.{task}/{name}"), origin.shape, origin.count)
+    scale = f"rescale.{task}/{name}"
+    return call(
+        restored, base=origin, vector=CheckpointOperand(made, f"unified/{name}"), keep=Mask(bits),
+        scale=float(made[scale]) if scale in made else 1.0,
+    )  # fmt: skip
+
+
+def _problems(made: Checkpoint, base: Checkpoint, task: int) -> list[str]:
+    """Names and shapes that do not fit, or a task that is not there."""
+    tasks = sorted({int(found[1]) for name in made if (found := re.match(r"mask\.(\d+)/", name))})
+    if task not in tasks:
+        return [f"{made.label}: no masks of task {task}, there are those of {', '.join(map(str, tasks)) or 'none'}"]
+    vectors = [name for name in made if name.startswith(("unified/", f"own.{task}/"))]
+    shapes = {name: (made.tensors[name].shape, base.tensors.get(name.partition("/")[2])) for name in vectors}
+    return [
+        f"tensor {show(name)} in {made.label} is {list(shape)}, {base.label} has "
+        f"{list(known.shape) if known else 'no such tensor'}: these parts belong to another base"
+        for name, (shape, known) in shapes.items()
+        if known is None or known.shape != shape
+    ]
