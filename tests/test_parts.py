@@ -12,6 +12,7 @@ import pytest
 
 import smelt
 from smelt.errors import InputRejected, UsageError
+from tests.recipes import Family, recipe
 from tests.small_models import Arrays
 from tests.tensors import BASE, X, Y, Z, bits, model
 
@@ -132,6 +133,53 @@ def test_torch_gives_the_same_parts() -> None:
     made = smelt.merge_tensors("tall_masks", models[:2], models[2], parts=True)
     restored = smelt.restore_task(made, models[2], 0)
     assert all(isinstance(array, torch.Tensor) for array in restored.values())
+
+
+# --- files ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_recipes_write_parts_and_tasks_as_arrays_do(method: str, family: Family, tmp_path: Path) -> None:
+    exclude = {"exclude": ["lm_head"]}
+    tree = recipe(method, family.models, family.base, parameters=exclude)
+    smelt.merge({**tree, "output": {"format": "parts"}}, tmp_path / "parts")
+    arrays = smelt.merge_tensors(method, family.model_arrays, family.base_arrays, parameters=exclude, parts=True)
+    assert bits(dict(smelt.load(tmp_path / "parts"))) == bits(arrays)
+    assert {path.name for path in (tmp_path / "parts").iterdir()} == {"model.safetensors", "smelt-manifest.json"}
+    assert smelt.verify(tmp_path / "parts").ok
+
+    alone = recipe(method, family.models, family.base, parameters={**exclude, "task": 1}, out_dtype="float32")
+    smelt.merge(alone, tmp_path / "task")
+    made = dict(smelt.load(tmp_path / "task"))
+    direct = smelt.merge_tensors(
+        method, family.model_arrays, family.base_arrays, parameters={**exclude, "task": 1}, dtype="float32"
+    )
+    assert bits(made) == bits(direct)
+    restored = smelt.restore_task(tmp_path / "parts", family.base, 1)
+    for name, array in made.items():
+        np.testing.assert_allclose(np.float32(restored[name]), array, rtol=2.0**-7, atol=2.0**-9)
+
+
+def test_plans_say_what_is_wrong_with_tasks_and_parts(family: Family) -> None:
+    wanted = {
+        "task 7: there are 3 models": recipe("emr_merging", family.models, family.base, parameters={"task": 7}),
+        "task_arithmetic has no parts": recipe(
+            "task_arithmetic", family.models, family.base, output={"format": "parts"}
+        ),
+        "task has no effect where": recipe(
+            "emr_merging", family.models, family.base, parameters={"task": 0}, output={"format": "parts"}
+        ),
+        "lambda has no effect without task": recipe(
+            "tall_masks", family.models, family.base, parameters={"lambda": 0.3}
+        ),
+    }
+    for message, tree in wanted.items():
+        with pytest.raises(UsageError, match=message):
+            smelt.plan(tree)
+    for method in (*METHODS, "consensus"):
+        given = {"lambda": 0.3} if method != "emr_merging" else {"rescale": "element"}
+        tree = recipe(method, family.models, family.base, parameters=given, output={"format": "parts"})
+        smelt.plan(tree).close()
 
 
 # --- consensus ------------------------------------------------------------------------------------------

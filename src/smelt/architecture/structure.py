@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from .config import Config, KeyPath, layer_patterns, lists_per_layer, section_at
@@ -42,6 +42,11 @@ class TensorRole:
         if self.layer is None or self.layers is None:
             return None
         return self.layer / (self.layers - 1) if self.layers > 1 else 1.0
+
+    def moved(self, name: str, layers: int) -> TensorRole:
+        """The role of the same tensor under a name in another layer, in a stack of ``layers``."""
+        cut = first_index(name)
+        return replace(self, name=name, layer=cut.number if cut else None, layers=layers)
 
 
 class Structure:

@@ -31,6 +31,12 @@ class Input:
         shapes = {name: info.shape for name, info in self.checkpoint.tensors.items()}
         return Structure.of(shapes, self.checkpoint.config)
 
+    @cached_property
+    def roles(self) -> Structure:
+        """As ``structure``; a model without config is told by its names."""
+        shapes = {name: info.shape for name, info in self.checkpoint.tensors.items()}
+        return self.structure if self.checkpoint.config else Structure.by_names(shapes)
+
     @property
     def label(self) -> str:
         return self.reference.text

@@ -19,6 +19,7 @@ from ..methods import Method, Tensor
 class Part:
     """One stored tensor of a result in parts."""
 
+    kind: str
     name: str
     dtype: str
     shape: tuple[int, ...]
@@ -29,14 +30,14 @@ def parts_of(method: Method, tensor: Tensor, dtype: str) -> list[Part]:
     """What the method makes of one tensor; vectors are stored as ``dtype``."""
     assert method.parts is not None
     return [
-        Part(f"{kind}/{tensor.name}", *_stored(output, dtype, tensor), output)
+        Part(kind, f"{kind}/{tensor.name}", *_stored(output, dtype, tensor), output)
         for kind, output in method.parts(tensor).items()
     ]
 
 
 def own_parts(name: str, models: Sequence[Operand], dtype: str) -> list[Part]:
     """A tensor that each task keeps as it is."""
-    return [Part(f"own.{task}/{name}", dtype, model.shape, Copy(model)) for task, model in enumerate(models)]
+    return [Part("own", f"own.{task}/{name}", dtype, model.shape, Copy(model)) for task, model in enumerate(models)]
 
 
 def _stored(output: Output, dtype: str, tensor: Tensor) -> tuple[str, tuple[int, ...]]:

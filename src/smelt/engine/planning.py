@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import storage
+from ..architecture import TensorRole
 from ..errors import InputRejected, UsageError, show
 from ..kernels.dtypes import DTYPES
 from ..kernels.program import Operand
@@ -21,7 +22,8 @@ from ..recipe import Recipe, not_yet, parse, parse_mapping, single
 from .inputs import Inputs, side_files
 from .layout import Layout, Piece, Source, layout
 from .options import BASELINE, SHARD_SIZE, Options, options_of
-from .parameters import check_counts
+from .parameters import check_counts, parts_problems
+from .parts import parts_of
 from .settings import Resolver, check_settings, unmatched_filters, whole_model_values
 from .statistics import Finder, Member, stored_bytes
 from .tiles import TILE
@@ -30,13 +32,17 @@ from .types import common_dtype
 
 @dataclass(frozen=True, eq=False)
 class Output:
-    """One tensor of the result. ``tensor`` is what the method sees, None where the first source is copied."""
+    """One tensor of the result. ``tensor`` is what the method sees, None where the first source is copied.
+
+    ``part`` names what is made of it where the result is wanted in parts.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     piece: Piece
     tensor: Tensor | None
+    part: str | None = None
 
     @property
     def count(self) -> int:
@@ -186,7 +192,8 @@ def make_plan(recipe: Recipe, options: Options) -> Plan:
     """Check the recipe against the registry, open the inputs, lay out the output, resolve parameters."""
     method = get(recipe.method)
     problems = [*not_yet(recipe), *check_settings(recipe, method), *_counts(recipe, method)]
-    UsageError.gather([*problems, *_idle_statistics(recipe, method)])
+    in_parts = parts_problems(method, "task" in recipe.parameters) if recipe.in_parts else []
+    UsageError.gather([*problems, *in_parts, *_idle_statistics(recipe, method)])
     inputs = Inputs(recipe)
     try:
         return _planned(recipe, method, options, inputs)
@@ -222,7 +229,7 @@ def _planned(recipe: Recipe, method: Method, options: Options, inputs: Inputs) -
     resolver = Resolver(recipe, method)
     seed = options.seed if options.seed is not None else (recipe.seed or 0)
     finder = Finder(method)
-    outputs = [_output(recipe, method, piece, resolver, inputs, finder, seed) for piece in chart.pieces]
+    outputs = [_output(recipe, method, piece, resolver, inputs, finder, seed, chart.layers) for piece in chart.pieces]
     resolver.raise_missing()
     UsageError.gather(finder.usage_problems())
     merged = [output.tensor for output in outputs if output.tensor is not None]
@@ -236,9 +243,24 @@ def _planned(recipe: Recipe, method: Method, options: Options, inputs: Inputs) -
     if options.strict:
         UsageError.gather(filters)
     notices = [*recipe.notices, *inputs.notices(), *chart.notices, *filters]
+    if recipe.in_parts:
+        pairs = zip(outputs, chart.pieces, strict=True)
+        outputs = [part for output, piece in pairs for part in _parts(method, output, piece)]
     made = Plan(recipe, method, resolver.variant, seed, options, inputs, chart, tuple(outputs), notices)
     UsageError.gather(_memory_problems(made))
     return made
+
+
+def _parts(method: Method, output: Output, piece: Piece) -> list[Output]:
+    """The outputs that one tensor becomes where the result is wanted in parts."""
+    if output.tensor is not None:
+        parts = parts_of(method, output.tensor, output.dtype)
+        return [replace(output, name=p.name, dtype=p.dtype, shape=p.shape, part=p.kind) for p in parts]
+    _, models = _split(method, piece)
+    if output.piece.why != "excluded":
+        return []
+    alone = [replace(output.piece, sources=(source,)) for source in models]
+    return [replace(output, name=f"own.{task}/{output.name}", piece=piece) for task, piece in enumerate(alone)]
 
 
 def _ask(method: Method, tensors: Sequence[Tensor]) -> None:
@@ -256,13 +278,14 @@ def _memory_problems(made: Plan) -> list[str]:
 
 
 def _output(
-    recipe: Recipe, method: Method, piece: Piece, resolver: Resolver, inputs: Inputs, finder: Finder, seed: int
-) -> Output:
-    """One output tensor: what it is made of, in which dtype."""
+    recipe: Recipe, method: Method, piece: Piece, resolver: Resolver, inputs: Inputs, finder: Finder, seed: int,
+    layers: int | None,
+) -> Output:  # fmt: skip
+    """One output tensor: what it is made of, in which dtype. ``layers``: how many the result has, if not as before."""
     infos = [source.input.checkpoint.tensors[source.name] for source in piece.sources]
     piece = _decided(piece, method, resolver, [info.dtype for info in infos])
     dtype = _dtype(recipe, [info.dtype for info in infos])
-    tensor = None if piece.action == "copy" else _tensor(method, piece, resolver, inputs, finder, seed)
+    tensor = None if piece.action == "copy" else _tensor(method, piece, resolver, inputs, finder, seed, layers)
     return Output(piece.name, dtype, infos[0].shape, piece, tensor)
 
 
@@ -282,16 +305,18 @@ def _decided(piece: Piece, method: Method, resolver: Resolver, codes: Sequence[s
         return _copied(piece, "not a floating tensor")
     if role is not None and role.role == "buffer":
         return _copied(piece, "a buffer, not a weight")
-    if method.parameter("exclude") and _excluded(piece.name, resolver.shared(piece).get("exclude", ())):
-        return _copied(piece, "excluded", method.keeps_excluded)
+    shared = resolver.shared(piece)
+    if method.parameter("exclude") and _excluded(piece.name, shared.get("exclude", ())):
+        _, models = _split(method, piece)
+        return _copied(piece, "excluded", method.keeper(len(models), shared.get("task")))
     return piece
 
 
-def _copied(piece: Piece, why: str, keep: str = "base") -> Piece:
-    """A piece that is taken from the base, or the first model."""
+def _copied(piece: Piece, why: str, keep: int | None = None) -> Piece:
+    """A piece that is taken from the base (or the first model where there is none), or from model ``keep``."""
     base = [s for s in piece.sources if piece.base is not None and s.input.label == piece.base.text]
     others = [s for s in piece.sources if s not in base]
-    chosen = others[0] if keep == "model" and len(others) == 1 else (base or others)[0]
+    chosen = (base or others)[0] if keep is None else others[min(keep, len(others) - 1)]
     rest = tuple(source for source in piece.sources if source is not chosen)
     return replace(piece, sources=(chosen, *rest) if why.startswith("not a") else (chosen,), action="copy", why=why)
 
@@ -302,7 +327,9 @@ def _excluded(name: str, patterns: Sequence[str]) -> bool:
     return any(re.match(pattern, name) for pattern in patterns)
 
 
-def _tensor(method: Method, piece: Piece, resolver: Resolver, inputs: Inputs, finder: Finder, seed: int) -> Tensor:
+def _tensor(
+    method: Method, piece: Piece, resolver: Resolver, inputs: Inputs, finder: Finder, seed: int, layers: int | None
+) -> Tensor:
     base, merged = _split(method, piece)
     shared = resolver.shared(piece)
     members = [_member(source, inputs) for source in (*merged, *([base] if base is not None else []))]
@@ -315,11 +342,21 @@ def _tensor(method: Method, piece: Piece, resolver: Resolver, inputs: Inputs, fi
         each=resolver.each(piece, merged),
         seed=seed,
         statistics=finder.of(piece.name, shape, shared, members[: len(merged)], *members[len(merged) :]),
+        role=_role(piece, layers),
     )
 
 
 def _member(source: Source, inputs: Inputs) -> Member:
     return Member(source.input.label, source.name, inputs.statistics(source.entry))
+
+
+def _role(piece: Piece, layers: int | None) -> TensorRole | None:
+    """The tensor's place in the result, whose layers may be others than those of its source."""
+    source = piece.sources[0]
+    role = source.input.roles.get(source.name)
+    if role is None or role.layer is None or layers is None:
+        return role
+    return role.moved(piece.name, layers)
 
 
 def _split(method: Method, piece: Piece) -> tuple[Source | None, tuple[Source, ...]]:

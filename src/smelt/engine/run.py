@@ -176,23 +176,23 @@ def _job(plan: Plan, output: Output) -> Job:
         return Job(output.name, output.dtype, output.count, operands[:1], lambda: Copy(operands[0]))
 
     def begin() -> Steps | Any:
+        if output.part is not None and plan.method.parts is not None:
+            return plan.method.parts(tensor)[output.part]
         return plan.method.merge(tensor)
 
-    return Job(output.name, output.dtype, output.count, operands, begin)
+    return Job(output.name, output.dtype, tensor.count, operands, begin)
 
 
 # --- what travels with them -----------------------------------------------------------------------------
 
 
 def _write_side_files(plan: Plan, folder: Path, title: str, tensors: dict[str, Any], warnings: list[str]) -> None:
-    """Config, tokenizer, model card, and last the manifest with the SHA-256 of all of them."""
+    """Config, tokenizer, model card, and last the manifest with the SHA-256 of all of them.
+
+    A result in parts is no model that others could load, so it gets the manifest alone.
+    """
     notices = [_public(plan, warning) for warning in warnings]
-    files = side_files(plan.inputs.donor.checkpoint)
-    config = patched_config(plan)
-    if config is not None:
-        files["config.json"] = config
-    if plan.options.card:
-        files["README.md"] = _card(plan, title, notices).encode()
+    files = {} if plan.recipe.in_parts else _model_files(plan, title, notices)
     for name, data in sorted(files.items()):
         storage.write_small(folder / name, data)
     sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
@@ -206,6 +206,16 @@ def _write_side_files(plan: Plan, folder: Path, title: str, tensors: dict[str, A
         tensors=tensors, files=sums, notices=notices,
     )  # fmt: skip
     storage.write_small(folder / NAME, dump(content))
+
+
+def _model_files(plan: Plan, title: str, notices: Sequence[str]) -> dict[str, bytes]:
+    files = side_files(plan.inputs.donor.checkpoint)
+    config = patched_config(plan)
+    if config is not None:
+        files["config.json"] = config
+    if plan.options.card:
+        files["README.md"] = _card(plan, title, notices).encode()
+    return files
 
 
 def _card(plan: Plan, title: str, notices: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..methods import REQUIRED, Method, Parameter
+from ..methods.parts import EVERY
 from ..recipe import Recipe, Setting, convert, did_you_mean, levels, resolve_parameter
 from .layout import Piece, Source
 
@@ -36,6 +37,8 @@ def _idle(recipe: Recipe, method: Method) -> list[str]:
     def value_of(name: str) -> Any:
         if name == "variant":
             return variant
+        if name == "task" and recipe.in_parts:
+            return EVERY
         value = recipe.parameters[name].resolve(0.0, "") if name in recipe.parameters else None
         return known[name].default if value is None else convert(value, known[name].kind)
 
@@ -99,6 +102,8 @@ class Resolver:
         fixed: dict[str, Any] = {"variant": self.variant} if len(self._method.variants) > 1 else {}
         if self._recipe.scope is not None:
             fixed["scope"] = self._recipe.scope
+        if self._recipe.in_parts:
+            fixed["task"] = EVERY
         return fixed
 
     def each(self, piece: Piece, merged: Sequence[Source]) -> dict[str, tuple[Any, ...]]:

@@ -170,6 +170,11 @@ class Recipe:
         """The dtype to write in when the recipe names one: ``out_dtype``, ``output.dtype`` or ``dtype``."""
         return self.out_dtype or (self.output and self.output.dtype) or self.dtype
 
+    @property
+    def in_parts(self) -> bool:
+        """Whether the parts of the result are wanted in its place."""
+        return self.output is not None and self.output.format == "parts"
+
     def position(self, key: str) -> Position:
         """Where a top-level key was given, or the document's start."""
         return self.where.get(key, Position(self.origin, 1, 1) if self.where else Position(self.origin))

@@ -18,7 +18,7 @@ KEYS = (
     "merge_method", "models", "slices", "modules", "base_model", "parameters", "dtype", "out_dtype",
     "tokenizer_source", "tokenizer", "chat_template", "name", "seed", "scope", "output",
 )  # fmt: skip
-FORMATS = ("safetensors", "gguf", "lora", "delta", "routed")
+FORMATS = ("safetensors", "gguf", "lora", "delta", "routed", "parts")
 
 EMPTY = "the document is empty: a recipe has at least merge_method and models"
 #: Keys that give away other files of mergekit's.

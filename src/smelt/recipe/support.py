@@ -25,7 +25,7 @@ def _sections(recipe: Recipe) -> Iterator[Finding]:
     for key in ("tokenizer", "tokenizer_source", "chat_template", "modules"):
         if getattr(recipe, key) is not None:
             yield recipe.position(key), key
-    if recipe.output and recipe.output.format != "safetensors":
+    if recipe.output and recipe.output.format not in ("safetensors", "parts"):
         yield recipe.position("output"), f"the output format {recipe.output.format}"
 
 
