@@ -16,11 +16,12 @@ from ..errors import InputRejected, UsageError, show
 from ..kernels.dtypes import DTYPES, NAMES
 from ..kernels.program import Copy, Output
 from ..methods import Method, Model, Statistic, Tensor, get
+from ..methods.lines import wrapped
 from ..methods.tensors import identity
 from .device import Policy, mapper_for
 from .execute import Executor, Job, Steps, usable_cores
 from .operands import CheckpointOperand
-from .parameters import check_counts, constant_parameters
+from .parameters import check_counts, constant_parameters, lines_of
 from .parts import own_parts, parts_of
 from .statistics import Finder, Member, Statistics
 from .types import common_dtype
@@ -41,6 +42,7 @@ def merge_tensors(
     dtype: str | None = None,
     tied: Mapping[str, str] | None = None,
     parts: bool = False,
+    lines: Mapping[str, Any] | None = None,
     config: Mapping[str, Any] | None = None,
     device: str = "cpu",
     threads: int | None = None,
@@ -62,6 +64,7 @@ def merge_tensors(
     parts: for methods whose result is more than one model: what every task's model is made of, as
         "unified/<tensor>", "mask.<task>/<tensor>" (packed bits), "rescale.<task>/<tensor>" and, for excluded
         tensors, "own.<task>/<tensor>". :func:`smelt.restore_task` puts them together.
+    lines: scale the merged task vector by layer (LiNeS): beta, and where wished alpha, norm, outside.
     config: the models' config.json, for methods that ask which layer a tensor belongs to; without it the
         layers are told from the names.
     device: "cpu", or a torch device such as "cuda".
@@ -72,11 +75,15 @@ def merge_tensors(
     OperationFailed when NaN or Inf is met (``on_nonfinite="warn"`` or ``"allow"`` lets it pass).
     """
     chosen = get(method)
+    if lines is not None:
+        UsageError.gather(["lines has no effect on the parts of a result"] if parts else [])
+        chosen = wrapped(chosen, lines_of(lines, len(models)))
     shared, each = constant_parameters(chosen, parameters or {}, per_model or {}, len(models), parts)
     UsageError.gather(check_counts(chosen, len(models), base is not None))
     inputs = _Inputs(chosen, models, base, statistics, masks, tied or {}, config or {})
     tensors = [inputs.tensor(name, shared, each, seed) for name in inputs.merged(shared)]
     inputs.check_statistics()
+    chosen.check_layers(tensors)
     sink = ArraySink()
     mapper = mapper_for(device, on_nonfinite, _warn)
     with Executor(sink, mapper, threads=threads or usable_cores()) as executor:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import UsageError
+from ..methods.lines import AFTER_A_METHOD, Lines
 from ..methods.parts import EVERY
 from ..methods.registry import REQUIRED, Method, Parameter
 from ..recipe import did_you_mean
@@ -40,6 +41,14 @@ def constant_parameters(
     problems += [f"{method.name}: {text}" for text in method.idle([*parameters, *per_model], shared.get)]
     UsageError.gather(dict.fromkeys(problems))
     return shared, each
+
+
+def lines_of(values: Mapping[str, Any], models: int) -> Lines:
+    """The section ``lines``, checked."""
+    shared, _ = constant_parameters(AFTER_A_METHOD, values, {}, models)
+    if shared["alpha"] is not None and "norm" in values:
+        raise UsageError("lines: norm has no effect where alpha is given")
+    return Lines(**shared)
 
 
 def parts_problems(method: Method, task_given: bool) -> list[str]:

@@ -24,7 +24,7 @@ from .layout import Layout, Piece, Source, layout
 from .options import BASELINE, SHARD_SIZE, Options, options_of
 from .parameters import check_counts, parts_problems
 from .parts import parts_of
-from .settings import Resolver, check_settings, unmatched_filters, whole_model_values
+from .settings import Resolver, check_lines, check_settings, unmatched_filters, whole_model_values, with_lines
 from .statistics import Finder, Member, stored_bytes
 from .tiles import TILE
 from .types import common_dtype
@@ -193,7 +193,10 @@ def make_plan(recipe: Recipe, options: Options) -> Plan:
     method = get(recipe.method)
     problems = [*not_yet(recipe), *check_settings(recipe, method), *_counts(recipe, method)]
     in_parts = parts_problems(method, "task" in recipe.parameters) if recipe.in_parts else []
+    problems += check_lines(recipe)
     UsageError.gather([*problems, *in_parts, *_idle_statistics(recipe, method)])
+    method = with_lines(recipe, method)
+    UsageError.gather(_counts(recipe, method))
     inputs = Inputs(recipe)
     try:
         return _planned(recipe, method, options, inputs)
@@ -237,6 +240,7 @@ def _planned(recipe: Recipe, method: Method, options: Options, inputs: Inputs) -
     InputRejected.gather([*shapes, *finder.problems()])
     if method.survey is not None and method.passes(dict(merged[0].shared))[0] if merged else False:
         UsageError.gather(whole_model_values(method, [(dict(t.shared), dict(t.each)) for t in merged]))
+    method.check_layers(merged)
     _ask(method, merged)
     names = [source.name for output in outputs for source in output.piece.sources]
     filters = unmatched_filters(recipe, names)

@@ -7,9 +7,11 @@ from typing import Any
 
 from ..errors import UsageError
 from ..methods import REQUIRED, Method, Parameter
+from ..methods.lines import AFTER_A_METHOD, wrapped
 from ..methods.parts import EVERY
 from ..recipe import Recipe, Setting, convert, did_you_mean, levels, resolve_parameter
 from .layout import Piece, Source
+from .parameters import lines_of, unknown_parameter
 
 
 def check_settings(recipe: Recipe, method: Method) -> list[str]:
@@ -26,6 +28,32 @@ def check_settings(recipe: Recipe, method: Method) -> list[str]:
         else:
             problems += _check_values(parameter, setting)
     return problems or _idle(recipe, method)
+
+
+def check_lines(recipe: Recipe) -> list[str]:
+    """Every wrong name, type and range in the section ``lines``, with line and column."""
+    known = {parameter.name: parameter for parameter in AFTER_A_METHOD.parameters}
+    problems: list[str] = []
+    for name, setting in (recipe.lines or {}).items():
+        if name in known:
+            problems += _check_values(known[name], setting)
+        else:
+            problems.append(setting.position.report(unknown_parameter(AFTER_A_METHOD, name)))
+    if recipe.lines is not None and recipe.in_parts:
+        problems.append(recipe.position("lines").report("lines has no effect on the parts of a result"))
+    return problems
+
+
+def with_lines(recipe: Recipe, method: Method) -> Method:
+    """The method, followed by what the section ``lines`` asks for. UsageError with its place."""
+    if recipe.lines is None:
+        return method
+    kinds = {parameter.name: parameter.kind for parameter in AFTER_A_METHOD.parameters}
+    values = {name: convert(next(setting.values()).value, kinds[name]) for name, setting in recipe.lines.items()}
+    try:
+        return wrapped(method, lines_of(values, 1))
+    except UsageError as error:
+        raise UsageError(recipe.position("lines").report(str(error))) from error
 
 
 def _idle(recipe: Recipe, method: Method) -> list[str]:
@@ -76,7 +104,7 @@ def variant_of(recipe: Recipe, method: Method) -> str:
     if "variant" in recipe.parameters:
         return str(recipe.parameters["variant"].resolve(0.0, ""))
     theirs = {parameter.name for parameter in method.parameters if parameter.mergekit}
-    plain = used <= theirs and recipe.scope is None
+    plain = used <= theirs and recipe.scope is None and recipe.lines is None
     return "mergekit" if plain and "mergekit" in method.variants else method.variants[0]
 
 

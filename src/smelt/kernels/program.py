@@ -8,13 +8,13 @@ A method is a coroutine over one tensor. It yields requests (:class:`Rank`, :cla
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy.typing as npt
 
 from .random import threshold_of
-from .source import Formula
+from .source import Formula, Then, names_of
 
 #: Elements per partial sum: sums run over blocks of so many elements, then exactly over the blocks.
 SUM_BLOCK = 4096
@@ -213,3 +213,13 @@ class Number:
 
 
 Output = Call | Copy | Whole | Bits | Number
+
+
+def then(outer: Formula, output: Output, **arguments: Argument) -> Output:
+    """What ``outer`` makes of the values of ``output`` (its first argument) and ``arguments``, as one output."""
+    if isinstance(output, Copy):
+        return Call(outer, {names_of(outer)[0]: output.operand, **arguments})
+    if isinstance(output, Call):
+        return Call(Then(output.formula, outer), {**output.arguments, **arguments})
+    assert isinstance(output, Whole), "a part of a result is final"
+    return replace(output, function=Then(output.function, outer), arguments={**output.arguments, **arguments})

@@ -44,6 +44,42 @@ class Source:
     constants: dict[str, float] = field(hash=False)
 
 
+@dataclass(frozen=True)
+class Then:
+    """``outer`` of what ``inner`` gives, as one formula.
+
+    Its arguments are those of ``inner`` and, but for the first, those of ``outer``: the names must differ.
+    """
+
+    inner: Formula
+    outer: Formula
+
+    @property
+    def __name__(self) -> str:
+        return f"{self.outer.__name__}_of_{self.inner.__name__}"
+
+    def __call__(self, **arguments: Any) -> Any:
+        """On arrays: numpy or torch."""
+        own = {name: arguments.pop(name) for name in names_of(self.outer)[1:]}
+        return self.outer(self.inner(**arguments), **own)
+
+    @property
+    def text(self) -> str:
+        names, own = names_of(self.inner), names_of(self.outer)[1:]
+        inner = f"{self.inner.__name__}({', '.join(names)})"
+        return (
+            f"def {self.__name__}({', '.join([*names, *own])}):\n"
+            f"    return {self.outer.__name__}({', '.join([inner, *own])})"
+        )
+
+
+def names_of(formula: Formula) -> list[str]:
+    """The names of a formula's arguments, in order."""
+    if isinstance(formula, Then):
+        return [*names_of(formula.inner), *names_of(formula.outer)[1:]]
+    return list(inspect.signature(formula).parameters)
+
+
 #: Some CPython releases (3.11.7 is one) raise SystemError when two threads are in ast.parse at once.
 _PARSING = threading.Lock()
 
@@ -60,6 +96,11 @@ def source_of(formula: Formula) -> Source:
 
 def _collect(formula: Formula, constants: dict[str, float], done: dict[str, str]) -> None:
     """Append the pinned text of ``formula`` to ``done``, behind everything it calls."""
+    if isinstance(formula, Then):
+        _collect(formula.inner, constants, done)
+        _collect(formula.outer, constants, done)
+        done[formula.__name__] = formula.text
+        return
     if formula.__closure__:
         raise TypeError(f"{formula.__qualname__} is a closure; a formula may only use its arguments")
     tree = ast.parse(textwrap.dedent(inspect.getsource(formula))).body[0]

@@ -136,6 +136,7 @@ class Method:
     once over the whole model, before any tensor; what it returns reaches ``merge`` as ``tensor.survey``.
     A tensor without one of the ``statistics`` reaches ``merge`` only if the parameter ``missing`` is not "error".
     ``parts`` gives, for methods whose result is more than one model, the outputs that it is made of by name.
+    ``needs_layers``: it means nothing where no tensor is known to belong to a layer.
     ``passes`` tells, from the parameters, how often all inputs are read for the survey and how often each
     tensor is gone through for statistics.
     """
@@ -153,10 +154,19 @@ class Method:
     survey: Callable[[Model], Steps] | None = None
     passes: Callable[[dict[str, Any]], tuple[int, int]] = lambda parameters: (0, 0)
     parts: Callable[[Tensor], dict[str, Output]] | None = None
+    needs_layers: bool = False
     random: bool = False
     statistics: tuple[Statistic, ...] = ()
     variants: tuple[str, ...] = ("paper",)
     keeps_excluded: Literal["base", "model"] = "base"
+
+    def check_layers(self, tensors: Iterable[Tensor]) -> None:
+        """UsageError where layers are needed and no tensor has one."""
+        if self.needs_layers and all(tensor.role is None or tensor.role.layer is None for tensor in tensors):
+            raise UsageError(
+                f"{self.title}: no tensor is known to belong to a layer: give config.json (config in memory) "
+                "with the number of layers"
+            )
 
     def keeper(self, models: int, task: int | None) -> int | None:
         """Which model an excluded tensor is taken from; None: the base."""

@@ -139,6 +139,7 @@ class Recipe:
     dtype: inputs are cast to this when read (safetensors code, "BF16").
     out_dtype: merged tensors are cast to this when written.
     scope: of order statistics: "tensor" or "model".
+    lines: scaling by layer of what is merged (LiNeS): settings of one value each.
     tokenizer_source: the older form of ``tokenizer.source``; never both.
     text: the document as it was written; origin: the file's name, for messages.
     where: the position of each top-level key that was given.
@@ -159,6 +160,7 @@ class Recipe:
     name: str | None = None
     seed: int | None = None
     scope: str | None = None
+    lines: Parameters | None = None
     output: OutputOptions | None = None
     text: str = field(default="", compare=False, repr=False)
     origin: str = field(default="<recipe>", compare=False)

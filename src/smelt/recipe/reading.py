@@ -16,7 +16,7 @@ from .tokens import read_source, read_template, read_tokenizer
 
 KEYS = (
     "merge_method", "models", "slices", "modules", "base_model", "parameters", "dtype", "out_dtype",
-    "tokenizer_source", "tokenizer", "chat_template", "name", "seed", "scope", "output",
+    "tokenizer_source", "tokenizer", "chat_template", "name", "seed", "scope", "lines", "output",
 )  # fmt: skip
 FORMATS = ("safetensors", "gguf", "lora", "delta", "routed", "parts")
 
@@ -49,6 +49,7 @@ def read_recipe(node: Node, text: str, report: Report) -> Recipe | None:
         modules=_modules(section),
         base_model=_model(section, "base_model"),
         parameters=_settings(section),
+        lines=_lines(section),
         dtype=section.dtype("dtype"),
         out_dtype=section.dtype("out_dtype"),
         tokenizer_source=read_source(source, report) if source else None,
@@ -87,6 +88,18 @@ def _check_one_tokenizer(section: Section) -> None:
 def _settings(section: Section) -> Mapping[str, Setting]:
     node = section.get("parameters")
     return read_settings(node, section.report) if node else {}
+
+
+def _lines(section: Section) -> Mapping[str, Setting] | None:
+    """Settings of one value each."""
+    node = section.get("lines")
+    if node is None:
+        return None
+    found = read_settings(node, section.report, "lines")
+    for name, setting in found.items():
+        if len(list(setting.values())) != 1 or any(setting.filters()):
+            section.report.fail(setting.position, f"lines: {name} must be a single value")
+    return found
 
 
 # --- models ---------------------------------------------------------------------------------------------

@@ -115,10 +115,10 @@ def is_hole(node: Node) -> bool:
     return isinstance(node, Fields) and not _HOLES.isdisjoint(node.nodes)
 
 
-def read_settings(node: Node, report: Report) -> dict[str, Setting]:
-    """A ``parameters`` section. What is wrong goes to ``report`` and is left out."""
+def read_settings(node: Node, report: Report, what: str = "parameters") -> dict[str, Setting]:
+    """A ``parameters`` section, or another of the same form. What is wrong goes to ``report`` and is left out."""
     if not isinstance(node, Fields):
-        report.fail(node.position, f"parameters must be a mapping name: value, found {node}")
+        report.fail(node.position, f"{what} must be a mapping name: value, found {node}")
         return {}
     read = {name: read_setting(child, report) for name, child in node.nodes.items()}
     return {name: setting for name, setting in read.items() if setting is not None}
