@@ -125,6 +125,8 @@ def _default(parameter: Parameter, method: Method) -> str:
 def _plain(value: Any) -> str:
     if value is REQUIRED:
         return "required"
+    if value is None:
+        return "unset"
     return "none" if value == () else str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -132,7 +134,7 @@ def _meaning(parameter: Parameter) -> str:
     if parameter.when is None:
         return parameter.help
     name, values = parameter.when
-    return f"{parameter.help} (only with {name}: {' or '.join(map(_plain, values))})"
+    return f"{parameter.help} (only with {name}{': ' if values else ''}{' or '.join(map(_plain, values))})"
 
 
 def as_markdown(docstring: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 import smelt
 from smelt.architecture import Structure
 from smelt.errors import UsageError
+from smelt.kernels.program import Whole
+from smelt.methods import Tensor
 from tests.recipes import Family, recipe
 from tests.small_models import Arrays
 from tests.tensors import bits
@@ -34,9 +37,11 @@ BASE, X, Y, Z = (model(seed) for seed in range(4))
 
 def ratios(merged: Arrays, whole: Arrays) -> dict[str, float]:
     """The factor of each tensor's update: how much of the update in ``whole`` is left."""
-    return {
-        n: float(np.vdot(merged[n] - b, whole[n] - b) / np.vdot(whole[n] - b, whole[n] - b)) for n, b in BASE.items()
-    }
+    found = {}
+    for name, base in BASE.items():
+        left, full = merged[name] - base, whole[name] - base
+        found[name] = float(np.vdot(left, full) / np.vdot(full, full))
+    return found
 
 
 # --- one model ------------------------------------------------------------------------------------------
@@ -145,6 +150,30 @@ def test_lines_is_the_same_through_torch_and_with_any_threads(method: str) -> No
     assert bits(smelt.merge_tensors(method, [X, Y], BASE, device="cpu:0", **more)) == bits(first)
 
 
+def halfway(base: Any, model: Any) -> Any:
+    return (base + model) / 2
+
+
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_matrix_functions_are_scaled_too(by_rows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And measured, where they go row by row."""
+
+    def merge(tensor: Tensor) -> Whole:
+        return Whole(halfway, {"base": tensor.base, "model": tensor.models[0]}, by_rows=by_rows)
+
+    method = replace(smelt.methods.get("task_arithmetic"), merge=merge)
+    monkeypatch.setattr("smelt.engine.memory.get", lambda name: method)
+    plain = smelt.merge_tensors("any", [X], BASE)
+    out = smelt.merge_tensors("any", [X], BASE, lines={"alpha": 0.5, "beta": 0.0})
+    assert list(ratios(out, plain).values()) == pytest.approx([0.5] * len(BASE), abs=1e-5)
+    if by_rows:
+        found = ratios(smelt.merge_tensors("any", [X], BASE, lines={"beta": 0.0}), plain)
+        assert list(found.values()) == pytest.approx([2.0] * len(BASE), rel=1e-5)
+    else:
+        with pytest.raises(UsageError, match="is not known beforehand: give alpha"):
+            smelt.merge_tensors("any", [X], BASE, lines={"beta": 0.0})
+
+
 # --- files ----------------------------------------------------------------------------------------------
 
 
@@ -212,10 +241,7 @@ def test_mistakes_in_a_recipe_have_their_place(tmp_path: Path, family: Family) -
     )
     with pytest.raises(UsageError) as told:
         smelt.plan(path)
-    assert [problem.partition(": ")[0].partition(":")[2].partition(":")[0] for problem in told.value.problems] == [
-        "8",
-        "9",
-    ]
+    assert [problem.split(":")[1] for problem in told.value.problems] == ["8", "9"]
     assert all("must be a single value" in problem for problem in told.value.problems)
 
 

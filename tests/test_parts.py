@@ -156,6 +156,10 @@ def test_recipes_write_parts_and_tasks_as_arrays_do(method: str, family: Family,
     )
     assert bits(made) == bits(direct)
     restored = smelt.restore_task(tmp_path / "parts", family.base, 1)
+    smelt.restore_task(tmp_path / "parts", family.base, 1, tmp_path / "restored")
+    assert bits(dict(smelt.load(tmp_path / "restored"))) == bits(restored)
+    assert {"config.json", "tokenizer.json"} < {path.name for path in (tmp_path / "restored").iterdir()}
+    assert smelt.verify(tmp_path / "restored").ok
     for name, array in made.items():
         np.testing.assert_allclose(np.float32(restored[name]), array, rtol=2.0**-7, atol=2.0**-9)
 

@@ -71,6 +71,8 @@ def _parameter_row(parameter: Parameter, method: Method) -> tuple[str, ...]:
 
 
 def _text(default: Any) -> str:
+    if default is None:
+        return "unset"
     return "none" if default == () else str(default).lower() if isinstance(default, bool) else str(default)
 
 

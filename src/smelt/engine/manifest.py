@@ -6,11 +6,14 @@ the time: the same run gives the same manifest.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from .. import storage
 from .._version import __version__
 
 NAME = "smelt-manifest.json"
@@ -48,6 +51,13 @@ def manifest(
         "files": dict(sorted(files.items())),
         "tensors": {name: dict(tensors[name]) for name in sorted(tensors)},
     }
+
+
+def sums_of(folder: Path, files: Mapping[str, bytes]) -> dict[str, str]:
+    """SHA-256 of the side files, and of the index of weight files where ``folder`` has one."""
+    index = "model.safetensors.index.json"
+    beside = {index: storage.read_small(folder / index, 1 << 28)} if index in storage.listdir(folder) else {}
+    return {name: hashlib.sha256(data).hexdigest() for name, data in {**files, **beside}.items()}
 
 
 def dump(content: Mapping[str, Any]) -> bytes:

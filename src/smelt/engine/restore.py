@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,21 +11,27 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..checkpoint import Checkpoint, load
+from .. import storage
+from ..checkpoint import Checkpoint, TensorInfo, load
 from ..errors import InputRejected, show
 from ..kernels.program import Call, Copy, Mask, call
 from ..methods.parts import restored
 from ..methods.tensors import identity
 from .device import mapper_for
-from .execute import Executor, Job, usable_cores
+from .execute import Executor, Job, Sink, usable_cores
+from .inputs import read_config, side_files
+from .manifest import NAME, dump, manifest, sums_of
 from .memory import ArraySink
 from .operands import CheckpointOperand
+from .options import SHARD_SIZE
+from .publish import check_destination, check_space, staging
+from .sink import write_tensors
 
 
 def restore_task(
-    parts: str | Path | Mapping[str, Any], base: str | Path | Mapping[str, Any], task: int, *,
-    threads: int | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    parts: str | Path | Mapping[str, Any], base: str | Path | Mapping[str, Any], task: int,
+    out: str | Path | None = None, *, threads: int | None = None,
+) -> Any:  # fmt: skip
     """The model of one task: base + rescale * mask * unified, tensor by tensor.
 
     Parameters
@@ -33,20 +39,46 @@ def restore_task(
     parts: what ``merge_tensors(..., parts=True)`` returned, or the folder that ``output: {format: parts}`` wrote.
     base: the base model's tensors, or its folder.
     task: the number of the task, from 0.
+    out: a folder to write: whole, or not at all; config and tokenizer are the base's.
 
-    Returns name -> array with the base's names, shapes and dtypes: what a merge with ``task`` gives, but for the
-    rounding of a vector that was stored in a narrower type. Raises InputRejected where the two do not fit together.
+    Returns name -> array with the base's names, shapes and dtypes, or the path of the folder. It is what a merge with
+    ``task`` gives, but for the rounding of a vector that was stored in a narrower type. Raises InputRejected where
+    the two do not fit together.
     """
     with load(parts, label="parts") as made, load(base, label="base") as origin:
         InputRejected.gather(_problems(made, origin, task))
-        sink = ArraySink()
         jobs = [_job(made, origin, name, task) for name in origin.tensors]
+        if out is not None:
+            return _write(made, origin, task, Path(out), jobs, threads)
+        sink = ArraySink()
         for job in jobs:
             sink.expect(job.name, job.dtype, origin.tensors[job.name].shape)
-        mapper = mapper_for("cpu", "error", lambda message: None)
-        with Executor(sink, mapper, threads=threads or usable_cores()) as executor:
-            executor.run(jobs)
+        _run(jobs, sink, threads)
         return sink.values(getattr(origin, "kind", "numpy"))
+
+
+def _run(jobs: Sequence[Job], sink: Sink, threads: int | None) -> None:
+    mapper = mapper_for("cpu", "error", lambda message: None)
+    with Executor(sink, mapper, threads=threads or usable_cores()) as executor:
+        executor.run(jobs)
+
+
+def _write(made: Checkpoint, base: Checkpoint, task: int, out: Path, jobs: Sequence[Job], threads: int | None) -> Path:
+    check_destination(out, [checkpoint.folder for checkpoint in (made, base) if checkpoint.folder is not None])
+    tensors = [TensorInfo(job.name, job.dtype, base.tensors[job.name].shape) for job in jobs]
+    check_space(out, sum(info.nbytes for info in tensors))
+    config = read_config(base)
+    files = {**side_files(base), **({} if config is None else {"config.json": config})}
+    with staging(out) as folder:
+        written = write_tensors(folder, tensors, SHARD_SIZE, lambda sink: _run(jobs, sink, threads))
+        for name, data in sorted(files.items()):
+            storage.write_small(folder / name, data)
+        content = manifest(
+            recipe=f"restore_task(task={task})", method="restore_task", variant="paper", seed=0, inputs=[],
+            tensors=written, files=sums_of(folder, files), notices=[],
+        )  # fmt: skip
+        storage.write_small(folder / NAME, dump(content))
+    return out
 
 
 class Unpacked:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import storage
-from ..checkpoint import CheckpointWriter, TensorInfo, plan_shards
+from ..checkpoint import TensorInfo
 from ..errors import InputRejected, show
 from ..kernels.program import Copy
 from ..methods import Model
@@ -20,12 +19,12 @@ from .config import patched_config
 from .device import mapper_for
 from .execute import Executor, Job, Steps
 from .inputs import identity, licence_of, side_files
-from .manifest import NAME, dump, manifest
+from .manifest import NAME, dump, manifest, sums_of
 from .options import options_of
 from .planning import Output, Plan, RecipeLike, make_plan, read_recipe
 from .progress import Progress, Silent
 from .publish import check_destination, check_space, staging
-from .sink import DiskSink
+from .sink import DiskSink, write_tensors
 from .whole import read_whole
 
 
@@ -124,22 +123,12 @@ def _differing_integers(output: Output) -> list[str]:
 
 def _write_weights(plan: Plan, folder: Path, progress: Progress, warn: Callable[[str], None]) -> dict[str, Any]:
     """Merge and write every tensor; returns name -> dtype, shape, file, sha256."""
-    shards = plan_shards([TensorInfo(o.name, o.dtype, o.shape) for o in plan.outputs], plan.shard_size)
-    writer = CheckpointWriter(folder, shards)
+    progress.start(plan.bytes_read + plan.bytes_written, "merging")
+    tensors = [TensorInfo(output.name, output.dtype, output.shape) for output in plan.outputs]
     try:
-        sink = DiskSink(writer, [output.name for output in plan.outputs])
-        progress.start(plan.bytes_read + plan.bytes_written, "merging")
-        _execute(plan, sink, progress, warn)
-        writer.finish()
+        return write_tensors(folder, tensors, plan.shard_size, lambda sink: _execute(plan, sink, progress, warn))
     finally:
-        writer.abort()
         progress.finish()
-    homes = {name: shard.file for shard in shards for name in shard.offsets}
-    sums = sink.sha256()
-    return {
-        o.name: {"dtype": o.dtype, "shape": list(o.shape), "file": homes[o.name], "sha256": sums[o.name]}
-        for o in plan.outputs
-    }
 
 
 def _execute(plan: Plan, sink: DiskSink, progress: Progress, warn: Callable[[str], None]) -> None:
@@ -195,15 +184,11 @@ def _write_side_files(plan: Plan, folder: Path, title: str, tensors: dict[str, A
     files = {} if plan.recipe.in_parts else _model_files(plan, title, notices)
     for name, data in sorted(files.items()):
         storage.write_small(folder / name, data)
-    sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    index = "model.safetensors.index.json"
-    if index in storage.listdir(folder):
-        sums[index] = hashlib.sha256(storage.read_small(folder / index, 1 << 28)).hexdigest()
     content = manifest(
         recipe=_public(plan, plan.recipe.text), method=plan.method.name, variant=plan.variant, seed=plan.seed,
         inputs=[identity(item, plan.inputs.ledger) for item in plan.inputs],
         statistics=[identity(item, plan.inputs.ledger) for item in plan.inputs.beside.values()],
-        tensors=tensors, files=sums, notices=notices,
+        tensors=tensors, files=sums_of(folder, files), notices=notices,
     )  # fmt: skip
     storage.write_small(folder / NAME, dump(content))
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
 
-from ..checkpoint import CheckpointWriter
+from ..checkpoint import CheckpointWriter, TensorInfo, plan_shards
 
 _Waiting = dict[int, tuple[npt.NDArray[Any], Callable[[], None]]]
 
@@ -69,3 +70,26 @@ class DiskSink:
     def sha256(self) -> dict[str, str]:
         """Tensor name -> SHA-256 of its bytes, once all are written."""
         return {name: digest.hexdigest() for name, digest in sorted(self._digests.items())}
+
+
+def write_tensors(
+    folder: Path, tensors: Sequence[TensorInfo], shard_size: int, fill: Callable[[DiskSink], None]
+) -> dict[str, dict[str, Any]]:
+    """Write ``tensors`` into weight files of ``folder``; ``fill`` brings their elements.
+
+    Returns name -> dtype, shape, file, sha256.
+    """
+    shards = plan_shards(tensors, shard_size)
+    writer = CheckpointWriter(folder, shards)
+    try:
+        sink = DiskSink(writer, [info.name for info in tensors])
+        fill(sink)
+        writer.finish()
+    finally:
+        writer.abort()
+    homes = {name: shard.file for shard in shards for name in shard.offsets}
+    sums = sink.sha256()
+    return {
+        info.name: {"dtype": info.dtype, "shape": list(info.shape), "file": homes[info.name], "sha256": sums[info.name]}
+        for info in tensors
+    }
