@@ -185,7 +185,7 @@ def test_an_ambiguous_count_is_said_not_guessed() -> None:
     assert structure.main_stack is not None
     assert structure.main_stack.count_keys == ()
     assert structure.layer_count_key is None
-    assert structure.per_layer_lists == {}
+    assert structure.lists_of(structure.main_stack) == {}
     assert structure.remarks == ("model.layers: config.json does not tell which key counts its layers",)
 
 

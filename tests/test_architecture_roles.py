@@ -108,16 +108,18 @@ def test_lists_with_one_entry_per_layer() -> None:
         "no_rope_layers": [1, 1, 1], "moe_layer_freq": [0, 1, 1, 1], "decoder_sparse_step": 2, "max_window_layers": 0,
     }  # fmt: skip
     structure = Structure.of(LLAMA, config)
-    assert set(structure.per_layer_lists) == {("layer_types",), ("num_kv_heads_per_layer",), ("moe_layer_freq",)}
-    assert structure.per_layer_lists["layer_types",] == ["a", "b", "a", "b"]
-    assert structure.layer_patterns == {("mlp_only_layers",): [0, 1, 2, 3], ("decoder_sparse_step",): 2}
+    (stack,) = structure.stacks
+    lists = structure.lists_of(stack)
+    assert set(lists) == {("layer_types",), ("num_kv_heads_per_layer",), ("moe_layer_freq",)}
+    assert lists["layer_types",] == ["a", "b", "a", "b"]
+    assert structure.patterns_of(stack) == {("mlp_only_layers",): [0, 1, 2, 3], ("decoder_sparse_step",): 2}
 
 
 def test_nested_configs_are_looked_into() -> None:
     config = {"text_config": {"num_hidden_layers": 4, "layer_types": list("abab")}, "layer_types": list("abab")}
     structure = Structure.of(LLAMA, config)
     assert structure.layer_count_key == ("text_config", "num_hidden_layers")
-    assert set(structure.per_layer_lists) == {("text_config", "layer_types")}
+    assert set(structure.lists_of(structure.stacks[0])) == {("text_config", "layer_types")}
 
 
 def test_facts_have_one_name_whatever_the_family() -> None:

@@ -2,8 +2,12 @@
 
 from .config import comparable_facts
 from .depth import Stack
-from .names import aligned
+from .modules import Module, module_of, parts
+from .names import aligned, renamed, renaming
 from .roles import role_of
 from .structure import Structure, TensorRole
 
-__all__ = ["Stack", "Structure", "TensorRole", "aligned", "comparable_facts", "role_of"]
+__all__ = [
+    "Module", "Stack", "Structure", "TensorRole", "aligned", "comparable_facts", "module_of", "parts", "renamed",
+    "renaming", "role_of",
+]  # fmt: skip

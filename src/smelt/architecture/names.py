@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import NamedTuple
 
 _INDEX = re.compile(r"0|[1-9]\d{0,5}")
@@ -36,29 +36,55 @@ def expert_in(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def renaming(names: Collection[str], reference: Collection[str]) -> tuple[str, str] | None:
+    """The leading parts (theirs, the reference's) by which ``names`` differ from names of ``reference``.
+
+    ("", "transformer.") where the reference has "transformer." in front; ("model.", "model.language_model.")
+    where a text model is part of a larger one. Names that the reference has as well stand for themselves, and
+    numbers do not count, so that models of different depth are matched too. None when no single pair of
+    leading parts explains all names; the shortest where several do.
+    """
+    known = {_numberless(name) for name in reference}
+    odd = sorted({_numberless(name) for name in names} - known)
+    if not odd:
+        return "", ""
+    pairs = {_heads(odd[0], other) for other in known if other.rpartition(".")[2] == odd[0].rpartition(".")[2]}
+    return next((pair for pair in sorted(pairs, key=_length) if _explains(pair, odd, known)), None)
+
+
+def renamed(name: str, pair: tuple[str, str]) -> str | None:
+    """``name`` with the first leading part replaced by the second; None when it does not begin with it."""
+    return pair[1] + name.removeprefix(pair[0]) if name.startswith(pair[0]) else None
+
+
 def aligned(names: Collection[str], reference: Collection[str]) -> dict[str, str] | None:
     """``names`` -> names in ``reference``, where both differ by one leading part only ("transformer.").
 
-    Names that the reference has as well stand for themselves. None when no single prefix, put in front or
-    taken away, explains all the others.
+    Names that the reference has as well stand for themselves. None when some name has no counterpart there.
     """
-    known = set(reference)
-    odd = sorted(set(names) - known)
-    same = {name: name for name in names if name in known}
-    for prefix in _prefixes(odd, known):
-        longer = {name: prefix + name for name in odd}
-        shorter = {name: name.removeprefix(prefix) for name in odd if name.startswith(prefix)}
-        for renamed in (longer, shorter):
-            if len(renamed) == len(odd) and known.issuperset(renamed.values()):
-                return same | renamed
-    return None if odd else same
+    pair, known = renaming(names, reference), set(reference)
+    if pair is None:
+        return None
+    found = {name: name if name in known else renamed(name, pair) for name in names}
+    return {name: str(other) for name, other in found.items()} if known.issuperset(found.values()) else None
 
 
-def _prefixes(odd: list[str], known: Iterable[str]) -> list[str]:
-    """What may stand in front of the first odd name, or of its counterpart; shortest first."""
-    if not odd:
-        return []
-    name = odd[0]
-    longer = {other.removesuffix(name) for other in known if other.endswith("." + name)}
-    shorter = {name.removesuffix(other) for other in known if name.endswith("." + other)}
-    return sorted(longer | shorter, key=lambda prefix: (len(prefix), prefix))
+def _numberless(name: str) -> str:
+    return ".".join("#" if _INDEX.fullmatch(part) else part for part in name.split("."))
+
+
+def _heads(name: str, other: str) -> tuple[str, str]:
+    """What stands in front of the parts that both names end in."""
+    ours, theirs = name.split("."), other.split(".")
+    while ours and theirs and ours[-1] == theirs[-1]:
+        ours.pop()
+        theirs.pop()
+    return "".join(f"{part}." for part in ours), "".join(f"{part}." for part in theirs)
+
+
+def _explains(pair: tuple[str, str], odd: list[str], known: set[str]) -> bool:
+    return "#" not in "".join(pair) and all(renamed(name, pair) in known for name in odd)
+
+
+def _length(pair: tuple[str, str]) -> tuple[int, tuple[str, str]]:
+    return sum(map(len, pair)), pair

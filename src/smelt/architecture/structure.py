@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from .config import Config, KeyPath, layer_patterns, lists_per_layer, section_at
 from .depth import Stack, StackFinder, find_stacks, stacks_by_names
-from .names import expert_in, first_index
+from .names import Indexed, expert_in, first_index
 from .roles import role_of
 from .ties import Shape, Vocabulary
 
@@ -22,7 +22,8 @@ class TensorRole:
     Attributes
     ----------
     role: see ``roles``; "other" when it is not known.
-    stack: the container of its layers ("model.layers"), or None outside of all stacks.
+    stack: the container of its layers ("model.layers"), or None outside of all stacks. What the first layer
+        holds for all of them (T5's relative positions) is "pre" and has a stack, but no layer.
     layer: its layer's index; layers: how many the stack has; depth: layer / (layers - 1), 1.0 in a stack of one.
     expert: the number of its expert, or None.
     kind: "layer"; "pre" (before the layers), "post" (final norm and heads); "loose" when the model has no
@@ -108,6 +109,8 @@ class Structure:
             return TensorRole(name, role, self._outside(name, role), expert=expert)
         if cut.number >= stack.count:
             return TensorRole(name, role, "loose", expert=expert)
+        if role == "position" and _is_shared(cut, stack, stored):
+            return TensorRole(name, role, "pre", stack.prefix)
         return TensorRole(name, role, "layer", stack.prefix, cut.number, stack.count, expert)
 
     def _outside(self, name: str, role: str) -> Kind:
@@ -133,23 +136,21 @@ class Structure:
         keys = self.main_stack.count_keys if self.main_stack else ()
         return keys[0] if keys else None
 
-    @property
-    def per_layer_lists(self) -> dict[KeyPath, list[Any]]:
-        """Entries of config.json that are lists with one element per layer of the main stack."""
-        return self._beside_count(lists_per_layer)
+    def lists_of(self, stack: Stack) -> dict[KeyPath, list[Any]]:
+        """Entries of config.json that are lists with one element per layer of ``stack``."""
+        return self._beside_count(stack, lists_per_layer)
 
-    @property
-    def layer_patterns(self) -> dict[KeyPath, Any]:
-        """Entries of config.json that speak of layers by period, count or index (``mlp_only_layers``,
-        ``first_k_dense_replace``): no longer right when layers move."""
-        return self._beside_count(layer_patterns)
+    def patterns_of(self, stack: Stack) -> dict[KeyPath, Any]:
+        """Entries of config.json that speak of the layers of ``stack`` by period, count or index
+        (``mlp_only_layers``, ``first_k_dense_replace``): no longer right when layers move."""
+        return self._beside_count(stack, layer_patterns)
 
-    def _beside_count(self, find: Callable[[Config, int], dict[str, Any]]) -> dict[KeyPath, Any]:
-        """What ``find`` sees in the config section that holds the main stack's count."""
-        if self.main_stack is None or self.layer_count_key is None:
+    def _beside_count(self, stack: Stack, find: Callable[[Config, int], dict[str, Any]]) -> dict[KeyPath, Any]:
+        """What ``find`` sees in the config section that holds the stack's count."""
+        if not stack.count_keys:
             return {}
-        path = self.layer_count_key[:-1]
-        found = find(section_at(self._config, path), self.main_stack.count)
+        path = stack.count_keys[0][:-1]
+        found = find(section_at(self._config, path), stack.count)
         return {(*path, key): value for key, value in found.items()}
 
     # --- vocabulary -------------------------------------------------------------------------------------
@@ -171,3 +172,8 @@ class Structure:
     def heads(self) -> tuple[str, ...]:
         """The stored matrices that give a logit per token."""
         return self.vocabulary.heads
+
+
+def _is_shared(cut: Indexed, stack: Stack, stored: Container[str]) -> bool:
+    """Whether the first layer holds it for all of them, as T5 does with relative positions."""
+    return cut.number == 0 and stack.count > 1 and str(cut._replace(number=1)) not in stored

@@ -46,6 +46,14 @@ class MemoryCheckpoint(Checkpoint):
         """Arrays in memory belong to the caller."""
 
 
+def of_module(module: Any, label: str) -> MemoryCheckpoint:
+    """A live model's ``state_dict()``, and its config where it is one of transformers'."""
+    checkpoint = MemoryCheckpoint(module.state_dict(), label)
+    describe = getattr(getattr(module, "config", None), "to_dict", None)
+    checkpoint.config = describe() if callable(describe) else {}
+    return checkpoint
+
+
 def _is_torch(array: object) -> bool:
     """Whether it is a torch tensor, told without importing torch."""
     return any(kind.__module__ == "torch" and kind.__name__ == "Tensor" for kind in type(array).__mro__)

@@ -12,13 +12,15 @@ from ..errors import InputRejected, show
 from . import hub
 from .base import Checkpoint
 from .folder import FolderCheckpoint
-from .memory import MemoryCheckpoint
+from .memory import MemoryCheckpoint, of_module
 
 
 def load(
-    source: str | Path | Mapping[str, Any], *, revision: str | None = None, label: str | None = None
+    source: str | Path | Mapping[str, Any] | Any, *, revision: str | None = None, label: str | None = None
 ) -> Checkpoint:
-    """Open a checkpoint lazily: a folder, one .safetensors file, a hub id, or a dict of arrays.
+    """Open a checkpoint lazily: a folder, one .safetensors file, a hub id, a dict of arrays, or a module.
+
+    A ``torch.nn.Module`` stands for its ``state_dict()``, and for its ``config`` where it has one.
 
     An existing path is a path, whatever it looks like; the hub is asked only about other names.
     ``owner/name@revision`` and ``revision=`` are the same. Raises InputRejected when it is not a checkpoint,
@@ -28,6 +30,8 @@ def load(
         return source
     if isinstance(source, Mapping):
         return MemoryCheckpoint(source, label or "arrays")
+    if callable(getattr(source, "state_dict", None)):
+        return of_module(source, label or type(source).__name__)
     text = str(source)
     path = _path(text)
     if storage.exists(path):

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .memory import merge_tensors
-    from .planning import Plan, plan
+    from .planning import Plan
     from .restore import restore_task
     from .run import Artifact, merge
     from .selection import Soup, choose_lambdas, greedy_soup
+    from .stages import plan
     from .verification import verify
 
 __all__ = [
@@ -20,7 +21,7 @@ __all__ = [
 
 _HOMES = {
     "Artifact": "run", "Plan": "planning", "Soup": "selection", "choose_lambdas": "selection",
-    "greedy_soup": "selection", "merge": "run", "merge_tensors": "memory", "plan": "planning",
+    "greedy_soup": "selection", "merge": "run", "merge_tensors": "memory", "plan": "stages",
     "restore_task": "restore", "verify": "verification",
 }  # fmt: skip
 

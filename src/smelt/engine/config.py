@@ -45,13 +45,12 @@ def _set_dtype(plan: Plan, config: dict[str, Any]) -> None:
 
 def _set_layers(plan: Plan, config: dict[str, Any]) -> None:
     """The number of layers, and lists with one entry per layer in the new order."""
-    if plan.layout.layers is None:
-        return
     structure = plan.inputs.donor.structure
-    for path in structure.main_stack.count_keys if structure.main_stack is not None else ():
-        _put(config, path, plan.layout.layers)
-    for path, values in structure.per_layer_lists.items():
-        _put(config, path, [values[layer] for layer in plan.layout.layer_map])
+    for stack, layer_map in plan.layout.depths:
+        for path, values in structure.lists_of(stack).items():
+            _put(config, path, [values[layer] for layer in layer_map])
+        for path in stack.count_keys:
+            _put(config, path, len(layer_map))
 
 
 def _untie(plan: Plan, config: dict[str, Any]) -> None:

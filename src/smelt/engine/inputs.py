@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from .. import storage
@@ -20,10 +22,11 @@ from .statistics import Statistics
 
 @dataclass(eq=False)
 class Input:
-    """One model of the recipe, opened."""
+    """One model of the recipe, opened. ``raw``: bare tensors, of which nothing else is known."""
 
     reference: ModelReference
     checkpoint: Checkpoint
+    raw: bool = False
     operands: dict[str, CheckpointOperand] = field(default_factory=dict)
 
     @cached_property
@@ -45,11 +48,19 @@ class Input:
     def is_local(self) -> bool:
         return self.checkpoint.revision is None
 
+    def tied_source(self, name: str) -> str | None:
+        """The stored embedding that stands for an absent head, or None."""
+        return None if self.raw else self.structure.tied_source(name)
+
     def operand(self, name: str, ledger: Ledger | None) -> CheckpointOperand:
         """The operand of a tensor: one object, so that reads are shared."""
         if name not in self.operands:
             self.operands[name] = CheckpointOperand(self.checkpoint, name, ledger)
         return self.operands[name]
+
+
+#: What a name in a recipe stands for: a folder, an opened checkpoint, arrays, or a module of a live model.
+Places = Mapping[str, Any]
 
 
 class Inputs:
@@ -58,11 +69,12 @@ class Inputs:
     ``beside`` are the statistics checkpoints by the text that names them.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, places: Places = MappingProxyType({}), *, raw: bool = False) -> None:
+        """``places``: where a name of the recipe leads, other than to a path or the hub. ``raw``: bare tensors."""
         self.ledger = Ledger()
         problems: list[str] = []
-        self._by_text = _opened(recipe.references(), "", problems)
-        self.beside = _opened(recipe.statistics(), "statistics ", problems)
+        self._by_text = _opened(recipe.references(), "", problems, places, raw)
+        self.beside = _opened(recipe.statistics(), "statistics ", problems, places)
         self._statistics = {text: Statistics(item.checkpoint, self.ledger) for text, item in self.beside.items()}
         InputRejected.gather(dict.fromkeys(problems))
         first = recipe.base_model or next(recipe.references())
@@ -107,18 +119,27 @@ class Inputs:
             item.checkpoint.close()
 
 
-def _opened(references: Iterable[ModelReference], what: str, problems: list[str]) -> dict[str, Input]:
+def _opened(
+    references: Iterable[ModelReference], what: str, problems: list[str], places: Places, raw: bool = False
+) -> dict[str, Input]:
     """Each checkpoint once; what cannot be opened is appended to ``problems``. ``what`` leads their labels."""
     found: dict[str, Input] = {}
     for reference in references:
         if reference.text in found:
             continue
         try:
-            checkpoint = load(reference.path, revision=reference.revision, label=what + reference.text)
-            found[reference.text] = Input(reference, checkpoint)
+            checkpoint = _load(reference, what + reference.text, places)
+            if raw:
+                checkpoint.folder, checkpoint.config = None, {}
+            found[reference.text] = Input(reference, checkpoint, raw)
         except InputRejected as error:
             problems += error.problems
     return found
+
+
+def _load(reference: ModelReference, label: str, places: Places) -> Checkpoint:
+    place = places.get(reference.path) if reference.revision is None else None
+    return load(reference.path if place is None else place, revision=reference.revision, label=label)
 
 
 def _quantised(item: Input) -> Iterator[str]:
@@ -155,6 +176,8 @@ def side_files(checkpoint: Checkpoint) -> dict[str, bytes]:
 
 def read_config(checkpoint: Checkpoint) -> bytes | None:
     """config.json byte for byte, or None."""
+    if checkpoint.folder is None and checkpoint.config:
+        return (json.dumps(dict(checkpoint.config), indent=2) + "\n").encode()
     if checkpoint.folder is None or "config.json" not in storage.listdir(checkpoint.folder):
         return None
     return storage.read_small(checkpoint.folder / "config.json", 1 << 26)

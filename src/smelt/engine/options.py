@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from ..errors import UsageError
@@ -29,24 +30,26 @@ class Options:
     memory: int = 1 << 30
     seed: int | None = None
     shard_size: int | None = None
-    on_extra: Literal["error", "copy", "drop"] = "error"
+    on_extra: Literal["error", "copy", "drop", "merge"] = "error"
     on_nonfinite: Literal["error", "warn", "allow"] = "error"
     force: bool = False
     strict: bool = False
     card: bool = True
+    raw: bool = False
+    stages: Path | None = None
 
 
 def options_of(
     *, device: str = "cpu", threads: int | None = None, memory: str | int = "1GiB", seed: int | None = None,
     shard_size: str | int | None = None, on_extra: str = "error", on_nonfinite: str = "error", force: bool = False,
-    strict: bool = False, card: bool = True,
+    strict: bool = False, card: bool = True, raw: bool = False, stages: str | Path | None = None,
 ) -> Options:  # fmt: skip
     """Check every option; UsageError with all that is wrong."""
     problems = []
     if threads is not None and threads < 1:
         problems.append(f"threads must be at least 1, not {threads}")
-    if on_extra not in ("error", "copy", "drop"):
-        problems.append(f"on_extra must be error, copy or drop, not {on_extra!r}")
+    if on_extra not in ("error", "copy", "drop", "merge"):
+        problems.append(f"on_extra must be error, copy, drop or merge, not {on_extra!r}")
     if on_nonfinite not in ("error", "warn", "allow"):
         problems.append(f"on_nonfinite must be error, warn or allow, not {on_nonfinite!r}")
     if device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", device):
@@ -57,7 +60,8 @@ def options_of(
         problems.append(f"memory must be at least 256MiB, not {memory}")
     UsageError.gather(problems)
     return Options(
-        device, threads or usable_cores(), budget, seed, shard, on_extra, on_nonfinite, force, strict, card,  # type: ignore[arg-type]
+        device, threads or usable_cores(), budget, seed, shard, on_extra, on_nonfinite, force, strict, card, raw,  # type: ignore[arg-type]
+        None if stages is None else Path(stages),
     )  # fmt: skip
 
 

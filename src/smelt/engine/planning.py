@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from inspect import isgeneratorfunction
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from .. import storage
@@ -18,16 +19,17 @@ from ..errors import InputRejected, UsageError, show
 from ..kernels.dtypes import DTYPES
 from ..kernels.program import Operand
 from ..methods import Method, Tensor, get
-from ..recipe import Recipe, not_yet, parse, parse_mapping, single
-from .inputs import Inputs, side_files
+from ..recipe import Recipe, not_yet, parse, parse_mapping
+from .inputs import Inputs, Places, side_files
 from .layout import Layout, Piece, Source, layout
-from .options import BASELINE, SHARD_SIZE, Options, options_of
+from .options import BASELINE, SHARD_SIZE, Options
 from .parameters import check_counts, parts_problems
 from .parts import parts_of
 from .settings import Resolver, check_lines, check_settings, unmatched_filters, whole_model_values, with_lines
 from .statistics import Finder, Member, stored_bytes
 from .tiles import TILE
 from .types import common_dtype
+from .views import contains
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +69,9 @@ class Output:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The exact work. ``close()`` releases the inputs."""
+    """The exact work. ``stages`` are the plans of the recipes whose results this one takes, which the figures
+    do not count, but for ``disk_needed``. ``close()`` releases the inputs.
+    """
 
     recipe: Recipe
     method: Method
@@ -78,6 +82,7 @@ class Plan:
     layout: Layout
     outputs: tuple[Output, ...]
     notices: list[str] = field(default_factory=list)
+    stages: tuple[Plan, ...] = ()
 
     @property
     def passes(self) -> tuple[int, int]:
@@ -103,8 +108,9 @@ class Plan:
 
     @property
     def disk_needed(self) -> int:
-        """Weights with their headers, and the side files."""
-        return self.bytes_written + 512 * len(self.outputs) + sum(map(len, self._side_files().values())) + (1 << 20)
+        """Weights with their headers, and the side files; those of the stages too."""
+        own = self.bytes_written + 512 * len(self.outputs) + sum(map(len, self._side_files().values())) + (1 << 20)
+        return own + sum(stage.disk_needed for stage in self.stages)
 
     def _side_files(self) -> Mapping[str, bytes]:
         return side_files(self.inputs.donor.checkpoint)
@@ -126,12 +132,13 @@ class Plan:
         """Plain data for ``--json``."""
         return {
             "method": self.method.name, "variant": self.variant, "seed": self.seed, "tensors": len(self.outputs),
-            "parameters": sum(output.count for output in self.outputs), "layers": self.layout.layers,
+            "parameters": sum(output.count for output in self.outputs),
+            "layers": {stack.prefix: len(layer_map) for stack, layer_map in self.layout.depths},
             "passes": {"whole_model": self.passes[0], "per_tensor": self.passes[1]},
             "bytes_read": self.bytes_read, "bytes_written": self.bytes_written, "disk_needed": self.disk_needed,
             "peak_memory": self.peak_memory, "threads": self.options.threads, "device": self.options.device,
             "inputs": [item.label for item in self.inputs], "statistics": list(self.inputs.beside),
-            "notices": self.notices, "rows": self.rows(),
+            "stages": [stage.as_dict() for stage in self.stages], "notices": self.notices, "rows": self.rows(),
         }  # fmt: skip
 
     def rows(self) -> list[dict[str, Any]]:
@@ -148,7 +155,8 @@ class Plan:
         ]  # fmt: skip
 
     def close(self) -> None:
-        self.inputs.close()
+        for made in (*self.stages, self):
+            made.inputs.close()
 
 
 def _shown(tensor: Tensor | None) -> dict[str, Any]:
@@ -157,39 +165,33 @@ def _shown(tensor: Tensor | None) -> dict[str, Any]:
     return {**tensor.shared, **{name: list(values) for name, values in tensor.each.items()}}
 
 
+#: How many layers a stack of the result has, by prefix, where that may have changed.
+Layers = Mapping[str, int]
 RecipeLike = str | Path | Mapping[str, Any] | Recipe | Sequence[Recipe]
 
 
-def plan(recipe: RecipeLike, **options: Any) -> Plan:
-    """Plan a merge without reading a weight.
-
-    ``recipe``: a path to a YAML file, a mapping of the same content, or parsed recipes. ``options``: as
-    :func:`smelt.merge`. Raises UsageError or InputRejected with everything that is wrong.
-    """
-    return make_plan(read_recipe(recipe), options_of(**options))
-
-
-def read_recipe(recipe: RecipeLike) -> Recipe:
-    """The one recipe of a document that this version can run."""
+def read_recipes(recipe: RecipeLike) -> Sequence[Recipe]:
+    """The documents of a recipe file, or of what stands for one."""
     if isinstance(recipe, Recipe):
-        recipes: Sequence[Recipe] = [recipe]
-    elif isinstance(recipe, Mapping):
-        recipes = parse_mapping(recipe)
-    elif isinstance(recipe, str | Path):
-        path = Path(recipe)
-        if not path.is_file():
-            raise UsageError(f"no such recipe file: {show(recipe)}")
-        try:
-            recipes = parse(storage.read_small(path, 1 << 20).decode("utf-8"), str(recipe))
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{show(recipe)} is not UTF-8 text: {error}") from error
-    else:
-        recipes = recipe
-    return single(recipes)
+        return [recipe]
+    if isinstance(recipe, Mapping):
+        return parse_mapping(recipe)
+    if not isinstance(recipe, str | Path):
+        return recipe
+    path = Path(recipe)
+    if not path.is_file():
+        raise UsageError(f"no such recipe file: {show(recipe)}")
+    try:
+        return parse(storage.read_small(path, 1 << 20).decode("utf-8"), str(recipe))
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{show(recipe)} is not UTF-8 text: {error}") from error
 
 
-def make_plan(recipe: Recipe, options: Options) -> Plan:
-    """Check the recipe against the registry, open the inputs, lay out the output, resolve parameters."""
+def make_plan(recipe: Recipe, options: Options, places: Places = MappingProxyType({})) -> Plan:
+    """Check the recipe against the registry, open the inputs, lay out the output, resolve parameters.
+
+    ``places``: where the names of models lead that are neither paths nor on the hub.
+    """
     method = get(recipe.method)
     problems = [*not_yet(recipe), *check_settings(recipe, method), *_counts(recipe, method)]
     in_parts = parts_problems(method, "task" in recipe.parameters) if recipe.in_parts else []
@@ -197,7 +199,7 @@ def make_plan(recipe: Recipe, options: Options) -> Plan:
     UsageError.gather([*problems, *in_parts, *_idle_statistics(recipe, method)])
     method = with_lines(recipe, method)
     UsageError.gather(_counts(recipe, method))
-    inputs = Inputs(recipe)
+    inputs = Inputs(recipe, places, raw=options.raw)
     try:
         return _planned(recipe, method, options, inputs)
     except BaseException:
@@ -214,12 +216,13 @@ def _idle_statistics(recipe: Recipe, method: Method) -> list[str]:
 def _counts(recipe: Recipe, method: Method) -> list[str]:
     """What is wrong with the number of inputs, for each group that is merged together."""
     base = recipe.base_model
-    groups = [recipe.models] if recipe.models is not None else [part.sources for part in recipe.slices or ()]
+    modules = [module.models for module in (recipe.modules or {}).values()]
+    whole = [models for models in (recipe.models, *modules) if models is not None]
     problems = []
-    for group in groups:
-        names = [entry.model.text for entry in group or ()]
+    for group in (*whole, *(part.sources for _, part in recipe.output_slices())):
+        names = [entry.model.text for entry in group]
         if method.base == "ignored":
-            extra = base is not None and recipe.models is not None and base.text not in names
+            extra = base is not None and group in whole and base.text not in names
             problems += check_counts(method, len(names) + extra, False)
         else:
             problems += check_counts(method, len(names) - (base is not None and base.text in names), base is not None)
@@ -228,11 +231,13 @@ def _counts(recipe: Recipe, method: Method) -> list[str]:
 
 def _planned(recipe: Recipe, method: Method, options: Options, inputs: Inputs) -> Plan:
     inputs.refuse_quantised()
-    chart = layout(recipe, inputs, method.base, options.on_extra)
+    _widen(inputs, options)
+    chart = layout(recipe, inputs, method, options.on_extra)
     resolver = Resolver(recipe, method)
     seed = options.seed if options.seed is not None else (recipe.seed or 0)
     finder = Finder(method)
-    outputs = [_output(recipe, method, piece, resolver, inputs, finder, seed, chart.layers) for piece in chart.pieces]
+    layers = {stack.prefix: len(layer_map) for stack, layer_map in chart.depths}
+    outputs = [_output(recipe, method, piece, resolver, inputs, finder, seed, layers) for piece in chart.pieces]
     resolver.raise_missing()
     UsageError.gather(finder.usage_problems())
     merged = [output.tensor for output in outputs if output.tensor is not None]
@@ -243,7 +248,7 @@ def _planned(recipe: Recipe, method: Method, options: Options, inputs: Inputs) -
     method.check_layers(merged)
     _ask(method, merged)
     names = [source.name for output in outputs for source in output.piece.sources]
-    filters = unmatched_filters(recipe, names)
+    filters = unmatched_filters(recipe, names, [output.name for output in outputs])
     if options.strict:
         UsageError.gather(filters)
     notices = [*recipe.notices, *inputs.notices(), *chart.notices, *filters]
@@ -267,6 +272,13 @@ def _parts(method: Method, output: Output, piece: Piece) -> list[Output]:
     return [replace(output, name=f"own.{task}/{output.name}", piece=piece) for task, piece in enumerate(alone)]
 
 
+def _widen(inputs: Inputs, options: Options) -> None:
+    """A text model that is merged with one that also sees: the result is of the second kind."""
+    wider = [item for item in inputs if item is not inputs.donor and contains(item, inputs.donor)]
+    if wider and options.on_extra != "drop":
+        inputs.donor = wider[0]
+
+
 def _ask(method: Method, tensors: Sequence[Tensor]) -> None:
     """Ask for outputs that need no statistics: parameters that have no result are refused before the run."""
     if not isgeneratorfunction(method.merge):
@@ -283,11 +295,11 @@ def _memory_problems(made: Plan) -> list[str]:
 
 def _output(
     recipe: Recipe, method: Method, piece: Piece, resolver: Resolver, inputs: Inputs, finder: Finder, seed: int,
-    layers: int | None,
+    layers: Layers,
 ) -> Output:  # fmt: skip
-    """One output tensor: what it is made of, in which dtype. ``layers``: how many the result has, if not as before."""
+    """One output tensor: what it is made of, in which dtype. ``layers``: of the stacks whose depth is new."""
     infos = [source.input.checkpoint.tensors[source.name] for source in piece.sources]
-    piece = _decided(piece, method, resolver, [info.dtype for info in infos])
+    piece = _decided(recipe, piece, method, resolver, [info.dtype for info in infos])
     dtype = _dtype(recipe, [info.dtype for info in infos])
     tensor = None if piece.action == "copy" else _tensor(method, piece, resolver, inputs, finder, seed, layers)
     return Output(piece.name, dtype, infos[0].shape, piece, tensor)
@@ -300,13 +312,15 @@ def _dtype(recipe: Recipe, codes: Sequence[str]) -> str:
     return recipe.written_dtype or common_dtype(codes)
 
 
-def _decided(piece: Piece, method: Method, resolver: Resolver, codes: Sequence[str]) -> Piece:
-    """Copy instead of merging: buffers, integers and what ``exclude`` names."""
+def _decided(recipe: Recipe, piece: Piece, method: Method, resolver: Resolver, codes: Sequence[str]) -> Piece:
+    """Copy instead of merging: buffers, integers, what ``exclude`` names and what ``only`` does not."""
     if piece.action == "copy":
         return piece
     role = piece.sources[0].input.structure.get(piece.sources[0].name)
     if not DTYPES[codes[0]].arithmetic:
         return _copied(piece, "not a floating tensor")
+    if recipe.only and not any(chosen.matches(piece.name) for chosen in recipe.only):
+        return _copied(piece, "not chosen by only")
     if role is not None and role.role == "buffer":
         return _copied(piece, "a buffer, not a weight")
     shared = resolver.shared(piece)
@@ -332,7 +346,7 @@ def _excluded(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _tensor(
-    method: Method, piece: Piece, resolver: Resolver, inputs: Inputs, finder: Finder, seed: int, layers: int | None
+    method: Method, piece: Piece, resolver: Resolver, inputs: Inputs, finder: Finder, seed: int, layers: Layers
 ) -> Tensor:
     base, merged = _split(method, piece)
     shared = resolver.shared(piece)
@@ -354,13 +368,13 @@ def _member(source: Source, inputs: Inputs) -> Member:
     return Member(source.input.label, source.name, inputs.statistics(source.entry))
 
 
-def _role(piece: Piece, layers: int | None) -> TensorRole | None:
+def _role(piece: Piece, layers: Layers) -> TensorRole | None:
     """The tensor's place in the result, whose layers may be others than those of its source."""
     source = piece.sources[0]
     role = source.input.roles.get(source.name)
-    if role is None or role.layer is None or layers is None:
+    if role is None or role.stack not in layers:
         return role
-    return role.moved(piece.name, layers)
+    return role.moved(piece.name, layers[role.stack])
 
 
 def _split(method: Method, piece: Piece) -> tuple[Source | None, tuple[Source, ...]]:

@@ -74,8 +74,8 @@ def _write(made: Checkpoint, base: Checkpoint, task: int, out: Path, jobs: Seque
         for name, data in sorted(files.items()):
             storage.write_small(folder / name, data)
         content = manifest(
-            recipe=f"restore_task(task={task})", method="restore_task", variant="paper", seed=0, inputs=[], statistics=[],
-            tensors=written, files=sums_of(folder, files), notices=[],
+            recipe=f"restore_task(task={task})", method="restore_task", variant="paper", seed=0,
+            inputs=[], statistics=[], tensors=written, files=sums_of(folder, files), notices=[],
         )  # fmt: skip
         storage.write_small(folder / NAME, dump(content))
     return out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from ..checkpoint import TensorInfo
 from ..errors import InputRejected, show
 from ..kernels.program import Copy
 from ..methods import Model
+from ..recipe import Stage
 from .backbone import compare_backbones
 from .card import card, is_hub_id, public_name, without_paths
 from .config import patched_config
@@ -21,10 +22,12 @@ from .execute import Executor, Job, Steps
 from .inputs import identity, licence_of, side_files
 from .manifest import NAME, dump, manifest, sums_of
 from .options import options_of
-from .planning import Output, Plan, RecipeLike, make_plan, read_recipe
+from .planning import Output, Plan, RecipeLike, make_plan
 from .progress import Progress, Silent
 from .publish import check_destination, check_space, staging
 from .sink import DiskSink, write_tensors
+from .stages import home_of, plan_stages, stages_of, workplace
+from .views import alike
 from .whole import read_whole
 
 
@@ -46,26 +49,58 @@ class Artifact:
         }  # fmt: skip
 
 
-def merge(recipe: RecipeLike, out: str | Path, *, progress: Progress | None = None, **options: Any) -> Artifact:
+def merge(
+    recipe: RecipeLike, out: str | Path, *, models: Mapping[str, Any] | None = None, progress: Progress | None = None,
+    **options: Any,
+) -> Artifact:  # fmt: skip
     """Run a recipe and publish the result as the new folder ``out``: whole, or not at all.
 
     Parameters
     ----------
     recipe: path to a YAML file, a mapping of the same content, or parsed recipes.
     out: a folder that does not exist yet, or is empty.
+    models: what names in the recipe stand for that are neither paths nor on the hub: a dict of arrays, a
+        ``torch.nn.Module``, an opened checkpoint.
     options: device ("cpu", "cuda"), threads, memory ("1GiB"), seed, shard_size ("5GB"; default: the recipe's), on_extra
-        ("error", "copy", "drop": a tensor that only some models have), on_nonfinite ("error", "warn",
-        "allow"), force (merge models that do not share a backbone), strict (warnings are errors), card.
+        ("error", "copy", "drop", "merge": a tensor that only some models have), on_nonfinite ("error", "warn",
+        "allow"), force (merge models that do not share a backbone), strict (warnings are errors), card, raw
+        (bare tensors: no config, layers, ties or side files), stages (a folder that keeps the results of the
+        recipes that others take, for a later run; by default they do not last).
 
     Raises UsageError, InputRejected or OperationFailed; then ``out`` does not exist.
     """
     started = time.monotonic()
-    out = Path(out)
-    plan = make_plan(read_recipe(recipe), options_of(**options))
+    out, chosen, shown = Path(out), options_of(**options), progress or Silent()
+    places = dict(models or {})
+    stages = stages_of(recipe, places)
+    if len(stages) == 1:
+        return _run(make_plan(stages[0].recipe, chosen, places), out, shown, started)
+    plan_stages(stages, chosen, places).close()
+    check_destination(out, [])
+    notices: list[str] = []
+    with workplace(out, chosen) as work:
+        for stage in stages[:-1]:
+            places[stage.name], told = _finished(stage, make_plan(stage.recipe, chosen, places), work, shown)
+            notices += [f"stage {show(stage.name)}: {notice}" for notice in told]
+        artifact = _run(make_plan(stages[-1].recipe, chosen, places), out, shown, started)
+    return replace(artifact, warnings=[*notices, *artifact.warnings])
+
+
+def _finished(stage: Stage, plan: Plan, work: Path, progress: Progress) -> tuple[Path, list[str]]:
+    """The folder that holds the result of a stage, and what there is to tell: run now, or by an earlier run."""
+    home = home_of(stage, plan, work)
+    if storage.exists(home):
+        plan.close()
+        return home, [f"taken from {show(home.name)}, where an earlier run left it"]
+    return home, _run(plan, home, progress, time.monotonic()).warnings
+
+
+def _run(plan: Plan, out: Path, progress: Progress, started: float) -> Artifact:
+    """Carry out a plan, and close it."""
     try:
         warnings = [*plan.notices, *_check_before_running(plan, out)]
         with staging(out) as folder:
-            digests = _write_weights(plan, folder, progress or Silent(), warnings.append)
+            digests = _write_weights(plan, folder, progress, warnings.append)
             plan.inputs.check_unchanged()
             _write_side_files(plan, folder, out.name, digests, warnings)
     finally:
@@ -93,10 +128,11 @@ def _check_backbones(plan: Plan) -> list[str]:
     if plan.method.max_models == 1 and plan.method.base == "ignored":
         return []
     base = plan.inputs[plan.recipe.base_model] if plan.recipe.base_model is not None else None
-    models = [item.checkpoint for item in plan.inputs if item is not base]
-    findings = compare_backbones(models, base.checkpoint if base is not None else None)
+    seen = alike(plan.inputs, plan.inputs.donor)
+    models = [seen[item.label] for item in plan.inputs if item is not base]
+    findings = compare_backbones(models, seen[base.label] if base is not None else None)
     errors = [finding.message for finding in findings if finding.severity == "error"]
-    if errors and plan.recipe.slices is None and not plan.options.force:
+    if errors and not any(plan.recipe.output_slices()) and not plan.options.force:
         InputRejected.gather([*errors[:-1], f"{errors[-1]} (--force merges them all the same)"])
     warnings = [finding.message for finding in findings if finding.severity == "warning"]
     if plan.options.strict:

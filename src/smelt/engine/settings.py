@@ -144,7 +144,7 @@ class Resolver:
 
     def _value(self, parameter: Parameter, piece: Piece, source: Source | None) -> Any:
         entry = source.entry if source is not None else None
-        asked = levels(self._recipe, source=entry, piece=piece.part)
+        asked = levels(self._recipe, source=entry, piece=piece.part, module=piece.module)
         if parameter.kind == "strings":
             return next(
                 (level[parameter.name].words() for level in asked if parameter.name in level),
@@ -168,12 +168,13 @@ class Resolver:
         UsageError.gather(seen.values())
 
 
-def unmatched_filters(recipe: Recipe, names: Sequence[str]) -> list[str]:
+def unmatched_filters(recipe: Recipe, sources: Sequence[str], outputs: Sequence[str]) -> list[str]:
     """Filters that no tensor name contains: most likely a typing error."""
+    settings = [(found, sources) for placed in recipe.all_settings() for found in placed.setting.filters()]
+    chosen = [((str(each.filter), each.position), outputs) for each in recipe.only if each.filter != "*"]
     return [
         position.report(f"filter {text!r} matches no tensor")
-        for placed in recipe.all_settings()
-        for text, position in placed.setting.filters()
+        for (text, position), names in (*settings, *chosen)
         if not any(text in name for name in names)
     ]
 

@@ -1,6 +1,6 @@
 """The recipe language: YAML text or a dict to checked, immutable records.
 
-    recipe = single(parse(text, "recipe.yml"))
+    stages = in_order(parse(text, "recipe.yml"))
 
 Every mistake of a file is raised together, as ``origin:line:column: message``.
 """
@@ -33,15 +33,15 @@ from .resolution import depth_in_slice, levels, resolve_parameter
 from .scalars import convert
 from .settings import Condition, Setting, Value
 from .sizes import parse_size
-from .stages import check_stages, single
+from .stages import Stage, check_stages, in_order
 from .support import not_yet
 from .words import did_you_mean
 
 __all__ = [
     "Condition", "InputModel", "ModelReference", "OutputModule", "OutputOptions", "OutputSlice",
-    "PlacedSetting", "Position", "Recipe", "Setting", "TokenRow", "TokenRule", "TokenizerOptions", "Value",
-    "convert", "depth_in_slice", "did_you_mean", "levels", "not_yet", "parse", "parse_mapping",
-    "parse_reference", "parse_size", "resolve_parameter", "single",
+    "PlacedSetting", "Position", "Recipe", "Setting", "Stage", "TokenRow", "TokenRule", "TokenizerOptions", "Value",
+    "convert", "depth_in_slice", "did_you_mean", "in_order", "levels", "not_yet", "parse", "parse_mapping",
+    "parse_reference", "parse_size", "resolve_parameter",
 ]  # fmt: skip
 
 

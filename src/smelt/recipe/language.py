@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from .nodes import Position
-from .settings import Setting
+from .settings import Condition, Setting
 
 Parameters = Mapping[str, Setting]
 Level = Literal["source", "slice", "module", "recipe"]
@@ -20,7 +20,7 @@ class ModelReference:
     Attributes
     ----------
     text: how to name it, in one way whatever the form it was written in.
-    path: a local folder, a single file or a hub id; empty for an inline recipe.
+    path: a local folder, a single file or a hub id; the name of another document; a made-up one for an inline recipe.
     revision, lora_revision: hub branch, tag or commit.
     lora: an adapter to apply, as a path or hub id.
     override_architecture: replaces ``architectures[0]`` of the model's config.
@@ -136,6 +136,7 @@ class Recipe:
     Attributes
     ----------
     method: as written; whether it exists is for the registry to say.
+    only: filters; tensors that none of them matches stay as in the base (conditions without a value).
     dtype: inputs are cast to this when read (safetensors code, "BF16").
     out_dtype: merged tensors are cast to this when written.
     scope: of order statistics: "tensor" or "model".
@@ -152,6 +153,7 @@ class Recipe:
     modules: Mapping[str, OutputModule] | None = None
     base_model: ModelReference | None = None
     parameters: Parameters = field(default_factory=dict)
+    only: tuple[Condition, ...] = ()
     dtype: str | None = None
     out_dtype: str | None = None
     tokenizer_source: ModelReference | str | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from hashlib import sha256
 
 from ..errors import UsageError, show
 from .documents import canonical
@@ -10,12 +11,12 @@ from .language import InputModel, ModelReference, OutputModule, OutputOptions, O
 from .nodes import Fields, Items, Leaf, Node, Position, Report
 from .references import read_reference
 from .sections import Section, scalar_of
-from .settings import Setting, read_settings
+from .settings import Condition, Setting, read_settings
 from .sizes import parse_size
 from .tokens import read_source, read_template, read_tokenizer
 
 KEYS = (
-    "merge_method", "models", "slices", "modules", "base_model", "parameters", "dtype", "out_dtype",
+    "merge_method", "models", "slices", "modules", "base_model", "parameters", "only", "dtype", "out_dtype",
     "tokenizer_source", "tokenizer", "chat_template", "name", "seed", "scope", "lines", "output",
 )  # fmt: skip
 FORMATS = ("safetensors", "gguf", "lora", "delta", "routed", "parts")
@@ -50,6 +51,7 @@ def read_recipe(node: Node, text: str, report: Report) -> Recipe | None:
         base_model=_model(section, "base_model"),
         parameters=_settings(section),
         lines=_lines(section),
+        only=_only(section),
         dtype=section.dtype("dtype"),
         out_dtype=section.dtype("out_dtype"),
         tokenizer_source=read_source(source, report) if source else None,
@@ -102,6 +104,22 @@ def _lines(section: Section) -> Mapping[str, Setting] | None:
     return found
 
 
+def _only(section: Section) -> tuple[Condition, ...]:
+    """One filter, or a list of them."""
+    node = section.get("only")
+    nodes = node.nodes if isinstance(node, Items) else (node,) if node else ()
+    if isinstance(node, Items) and not nodes:
+        section.fail("only", "only is empty: name at least one filter, or leave it out")
+    return tuple(Condition((), text, child.position) for child in nodes if (text := _filter(child, section)))
+
+
+def _filter(node: Node, section: Section) -> str | None:
+    if isinstance(node, Leaf) and isinstance(node.value, str) and node.value:
+        return node.value
+    section.wrong(node, f"only takes filters (parts of tensor names), found {node} (quote it to make it text)")
+    return None
+
+
 # --- models ---------------------------------------------------------------------------------------------
 
 
@@ -116,7 +134,8 @@ def _inline_or_reference(node: Node, report: Report, key: str) -> ModelReference
         return read_reference(node, report, key)
     text = canonical([node])
     recipe = read_recipe(node, text, report)
-    return ModelReference(text, "", node.position, recipe=recipe) if recipe else None
+    name = f"{recipe.method}-{sha256(text.encode()).hexdigest()[:12]}" if recipe else ""
+    return ModelReference(name, name, node.position, recipe=recipe) if recipe else None
 
 
 def _models(section: Section, key: str = "models") -> tuple[InputModel, ...] | None:
@@ -206,11 +225,21 @@ def _check_equal_lengths(sources: tuple[InputModel, ...], section: Section) -> N
     lengths = [source.layers for source in ranged]
     if len(ranged) == len(sources) and len(set(lengths)) > 1:
         spelt = ", ".join(map(str, lengths))
+        stacked = ", ".join(f"{{sources: [{{model: {_spelt(s)}, layer_range: {_span(s)}}}]}}" for s in sources)
         section.fail(
             "sources",
-            f"the sources of one slice must have equally many layers, found {spelt}; "
-            f"did you mean {len(lengths)} slices of one source each?",
+            f"the sources of one slice must have equally many layers, found {spelt}; did you mean {len(lengths)} "
+            f"slices of one source each? That is: slices: [{stacked}]",
         )
+
+
+def _spelt(source: InputModel) -> str:
+    return source.model.text if source.model.recipe is None else "{...}"
+
+
+def _span(source: InputModel) -> str:
+    first, last = source.layer_range or (0, 0)
+    return f"[{first}, {last}]"
 
 
 def _check_layers(recipe: Recipe, report: Report) -> None:

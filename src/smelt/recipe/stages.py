@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
-from ..errors import UsageError, show
+from ..errors import show
 from .language import Recipe
 from .nodes import Report
 
@@ -63,14 +65,37 @@ def _circle_from(start: str, needs: dict[str, list[str]], done: set[str]) -> lis
     return []
 
 
-def single(recipes: Sequence[Recipe]) -> Recipe:
-    """The only recipe of a file. UsageError when there are several: this version runs one."""
-    if len(recipes) > 1:
-        second = recipes[1].position("merge_method")
-        raise UsageError(
-            second.report(
-                f"the file holds {len(recipes)} documents; running several as stages is understood but not "
-                "executed by this version: run them one by one"
-            )
-        )
-    return recipes[0]
+class Stage(NamedTuple):
+    """A recipe whose result others name: ``name`` is the path that they write for it."""
+
+    name: str
+    recipe: Recipe
+
+
+def in_order(recipes: Sequence[Recipe]) -> list[Stage]:
+    """The recipes that the output needs, inline ones too, each behind those whose results it takes.
+
+    The output comes last: it is the document without a name, or else the last one. Documents that it does not
+    need are left out, with a notice.
+    """
+    output = next((recipe for recipe in recipes if recipe.name is None), recipes[-1])
+    documents = {recipe.name: recipe for recipe in recipes if recipe.name and recipe is not output}
+    found: dict[str, Recipe] = {}
+    _add_stages(output, documents, found)
+    idle = [
+        recipe.position("name").report(f"the document {show(name)} is used by no other: it is not run")
+        for name, recipe in documents.items()
+        if name not in found
+    ]
+    text = "".join(recipe.text for recipe in recipes)
+    whole = replace(output, text=text, notices=(*output.notices, *idle)) if len(recipes) > 1 else output
+    return [*(Stage(name, recipe) for name, recipe in found.items()), Stage(output.name or "", whole)]
+
+
+def _add_stages(recipe: Recipe, documents: Mapping[str, Recipe], found: dict[str, Recipe]) -> None:
+    """Add what ``recipe`` takes, deepest first (:func:`check_stages` has ruled out circles)."""
+    for reference in recipe.references():
+        needed = reference.recipe or (documents.get(reference.path) if reference.revision is None else None)
+        if needed is not None and reference.path not in found:
+            _add_stages(needed, documents, found)
+            found[reference.path] = needed

@@ -22,7 +22,7 @@ def not_yet(recipe: Recipe) -> list[str]:
 
 
 def _sections(recipe: Recipe) -> Iterator[Finding]:
-    for key in ("tokenizer", "tokenizer_source", "chat_template", "modules"):
+    for key in ("tokenizer", "tokenizer_source", "chat_template"):
         if getattr(recipe, key) is not None:
             yield recipe.position(key), key
     if recipe.output and recipe.output.format not in ("safetensors", "parts"):
@@ -35,8 +35,6 @@ def _of_slices(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _of_reference(reference: ModelReference) -> Iterator[Finding]:
-    if reference.recipe:
-        yield reference.position, "a recipe in the place of a model"
     if reference.lora:
         yield reference.position, "an adapter (the part after +, or lora)"
     if reference.override_architecture:

@@ -1,0 +1,111 @@
+"""Recipes that take each other's results: planned together before any of them runs, then run one by one.
+
+The result of a stage is a model like any other, in a folder that is named by what it is made of: the recipe,
+the options that change it, and the identity of every file that goes into it. Where that folder is kept
+(``stages=``), a later run finds it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from .. import storage
+from .._version import __version__
+from ..checkpoint import Checkpoint, TensorInfo
+from ..errors import OperationFailed, UsageError, show
+from ..recipe import Stage, in_order
+from .config import patched_config
+from .inputs import Input, Places, side_files
+from .options import Options, options_of
+from .planning import Plan, RecipeLike, make_plan, read_recipes
+
+
+def plan(recipe: RecipeLike, *, models: Mapping[str, Any] | None = None, **options: Any) -> Plan:
+    """Plan a merge without reading a weight.
+
+    ``recipe``: a path to a YAML file, a mapping of the same content, or parsed recipes. ``models`` and
+    ``options``: as for :func:`smelt.merge`. Raises UsageError or InputRejected with everything that is wrong.
+    """
+    return plan_stages(stages_of(recipe, models or {}), options_of(**options), models or {})
+
+
+def stages_of(recipe: RecipeLike, models: Mapping[str, Any]) -> list[Stage]:
+    """The stages of a recipe, the output last. UsageError for ``models`` that it does not name."""
+    stages = in_order(read_recipes(recipe))
+    named = {reference.path for stage in stages for reference in stage.recipe.references()}
+    UsageError.gather(f"models: the recipe names no model {show(name)}" for name in models if name not in named)
+    return stages
+
+
+def plan_stages(stages: Sequence[Stage], options: Options, models: Places) -> Plan:
+    """The plan of the last stage, with those of the others: what these will make is known by its headers."""
+    places = dict(models)
+    plans: list[Plan] = []
+    try:
+        for stage in stages:
+            plans.append(make_plan(stage.recipe, options, places))
+            places[stage.name] = Promised(plans[-1], stage.name)
+    except BaseException:
+        for made in plans:
+            made.close()
+        raise
+    return replace(plans[-1], stages=tuple(plans[:-1]))
+
+
+class Promised(Checkpoint):
+    """What a plan will make: all of it but the values."""
+
+    def __init__(self, plan: Plan, label: str) -> None:
+        self.label = label
+        outputs = sorted(plan.outputs, key=lambda output: output.name)
+        self.tensors = {output.name: TensorInfo(output.name, output.dtype, output.shape) for output in outputs}
+        self.config = json.loads(patched_config(plan) or b"{}")
+
+    def read(self, name: str, start: int, out: npt.NDArray[Any]) -> None:
+        raise OperationFailed(f"{self.label} has not been made yet")
+
+    def check_unchanged(self) -> None:
+        """There is nothing yet."""
+
+
+@contextmanager
+def workplace(out: Path, options: Options) -> Iterator[Path]:
+    """The folder of the stages' results: the one that was asked for, or one beside ``out`` that does not last."""
+    if options.stages is not None:
+        storage.make_folders(options.stages)
+        yield options.stages
+        return
+    folder = out.absolute().parent / f"{out.name}.stages-{secrets.token_hex(4)}"
+    storage.mkdir(folder)
+    try:
+        yield folder
+    finally:
+        storage.remove_tree(folder)
+
+
+def home_of(stage: Stage, plan: Plan, work: Path) -> Path:
+    """The folder of a stage's result, named by what the result depends on."""
+    options, donor = plan.options, plan.inputs.donor.checkpoint
+    made_of = [
+        __version__, stage.recipe.text, plan.seed, options.on_extra, options.on_nonfinite, options.raw, plan.shard_size,
+        [_identity(item) for item in plan.inputs],
+        {name: hashlib.sha256(data).hexdigest() for name, data in side_files(donor).items()},
+    ]  # fmt: skip
+    digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+    return work / f"{re.sub(r'[^A-Za-z0-9._-]', '_', stage.name)[:60]}-{digest[:16]}"
+
+
+def _identity(item: Input) -> list[Any]:
+    """What tells one state of an input from another; arrays in memory are never the same twice."""
+    files = [[str(f.path.resolve()), f.device, f.inode, f.size, f.mtime_ns] for f in item.checkpoint.files()]
+    return [item.label, dict(item.checkpoint.config), files or secrets.token_hex(16)]
