@@ -68,7 +68,7 @@ RECIPES = [
      "has no parameter 'weight'"),
     ("75 passthrough of two", "merge_method: passthrough\nmodels:\n- model: {a}\n- model: {b}\n",
      r"passthrough takes 1 model\(s\)"),
-    ("not yet: stages", STAGE % ("one", "{a}") + "---\n" + STAGE % ("two", "one"), "run them one by one"),
+    ("an early stage", STAGE % ("one", "{a}") + "seed: x\n---\n" + STAGE % ("two", "one"), "seed must be an integer"),
     ("not yet: adapter", LINEAR + "models:\n- model: {a}+{b}\n  parameters: {{weight: 1}}\n",
      "is understood but not executed by this version"),
     ("not yet: tokenizer", "tokenizer_source: union\n" + LINEAR + TWO % (1, 1),

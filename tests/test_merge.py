@@ -219,7 +219,7 @@ def test_an_extra_tensor_is_copied_or_dropped_and_said(unequal: list[str], tmp_p
     dropped = smelt.merge(recipe("linear", unequal), tmp_path / "dropped", on_extra="drop")
     np.testing.assert_array_equal(values(copied.path)["extra.weight"], normal((4, 4), 3))
     assert "extra.weight" not in values(dropped.path)
-    for artifact, verb in ((copied, "copied from"), (dropped, "dropped")):
+    for artifact, verb in ((copied, "copied"), (dropped, "dropped")):
         assert any("'extra.weight'" in warning and verb in warning for warning in artifact.warnings)
 
 

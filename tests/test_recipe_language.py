@@ -16,17 +16,18 @@ from smelt.recipe import (
     Recipe,
     TokenRow,
     did_you_mean,
+    in_order,
     not_yet,
     parse,
     parse_mapping,
-    single,
 )  # fmt: skip
 
 PLAIN = {"merge_method": "linear", "models": [{"model": "a"}, {"model": "b"}]}
 
 
 def recipe_of(text: str) -> Recipe:
-    return single(parse(text, "r.yml"))
+    (recipe,) = parse(text, "r.yml")
+    return recipe
 
 
 def reference(node: Any) -> ModelReference:
@@ -222,9 +223,8 @@ def test_an_inline_recipe_may_stand_for_a_model() -> None:
     inner = outer.models[0].model.recipe
     assert inner
     assert inner.method == "slerp"
-    assert not_yet(outer) == [
-        "r.yml:2:18: a recipe in the place of a model is understood but not executed by this version"
-    ]
+    assert [stage.recipe for stage in in_order([outer])] == [inner, outer]
+    assert in_order([outer])[0].name == outer.models[0].model.path
 
 
 # --- what is not executed yet ---------------------------------------------------------------------------
@@ -233,7 +233,6 @@ LATER = [
     ("tokenizer", MODELS + "tokenizer: {source: base}\n", "3:1: tokenizer "),
     ("tokenizer_source", MODELS + "tokenizer_source: union\n", "3:1: tokenizer_source "),
     ("chat_template", MODELS + "chat_template: chatml\n", "3:1: chat_template "),
-    ("modules", HEAD + "modules: {m: {models: [{model: a}]}}\n", "2:1: modules "),
     ("adapter", HEAD + "models: [{model: a+b}]\n", "2:18: an adapter (the part after +, or lora) "),
     (
         "adapter of the base",
@@ -261,11 +260,33 @@ def test_ordinary_recipes_are_executed() -> None:
     assert not_yet(recipe_of(MODELS + "seed: 1\nscope: tensor\noutput: {shard_size: 1GB, dtype: float16}\n")) == []
 
 
-def test_a_single_recipe_is_wanted() -> None:
-    several = parse(f"name: x\n{MODELS}---\n{HEAD}models: [{{model: x}}, {{model: b}}]\n", "r.yml")
-    with pytest.raises(UsageError, match=r"r\.yml:5:1: the file holds 2 documents"):
-        single(several)
-    assert single(several[:1]) is several[0]
+def several(*documents: str) -> list[str]:
+    """The names of the stages of documents like "x: a b" (x needs a and b; no name before the colon: the output)."""
+    texts = []
+    for document in documents:
+        name, _, needed = document.partition(":")
+        models = ", ".join(f"{{model: {each}}}" for each in needed.split())
+        texts.append((f"name: {name}\n" if name else "") + HEAD + f"models: [{models}]\n")
+    return [stage.name for stage in in_order(parse("---\n".join(texts), "r.yml"))]
+
+
+def test_stages_come_before_those_that_take_them() -> None:
+    assert several(":c a", "c:b", "b:a", "a:m") == ["a", "b", "c", ""]
+    assert several("a:m", "b:a") == ["a", "b"]
+    assert several("a:m") == ["a"]
+
+
+def test_documents_that_nobody_takes_are_left_out_and_said() -> None:
+    recipes = parse(f"name: x\n{MODELS}---\nname: y\n{MODELS}---\n{MODELS}")
+    (stage,) = in_order(recipes)
+    assert [notice.partition(": ")[2] for notice in stage.recipe.notices] == [
+        "the document 'x' is used by no other: it is not run", "the document 'y' is used by no other: it is not run"
+    ]  # fmt: skip
+    assert stage.recipe.text == "".join(recipe.text for recipe in recipes)
+
+
+def test_a_revision_means_the_hub_and_no_stage() -> None:
+    assert several("a:m", ":a@main b") == [""]
 
 
 # --- laws -----------------------------------------------------------------------------------------------

@@ -41,15 +41,16 @@ def renaming(names: Collection[str], reference: Collection[str]) -> tuple[str, s
 
     ("", "transformer.") where the reference has "transformer." in front; ("model.", "model.language_model.")
     where a text model is part of a larger one. Names that the reference has as well stand for themselves, and
-    numbers do not count, so that models of different depth are matched too. None when no single pair of
-    leading parts explains all names; the shortest where several do.
+    numbers do not count, so that models of different depth are matched too. One leading part may stand for
+    another only where names with numbers (layers) bear it out. None when no single pair of leading parts
+    explains all names; the shortest where several do.
     """
-    known = {_numberless(name) for name in reference}
-    odd = sorted({_numberless(name) for name in names} - known)
+    known, ours = {_numberless(name) for name in reference}, {_numberless(name) for name in names}
+    odd = sorted(ours - known)
     if not odd:
         return "", ""
     pairs = {_heads(odd[0], other) for other in known if other.rpartition(".")[2] == odd[0].rpartition(".")[2]}
-    return next((pair for pair in sorted(pairs, key=_length) if _explains(pair, odd, known)), None)
+    return next((pair for pair in sorted(pairs, key=_length) if _explains(pair, odd, known - ours)), None)
 
 
 def renamed(name: str, pair: tuple[str, str]) -> str | None:
@@ -82,8 +83,10 @@ def _heads(name: str, other: str) -> tuple[str, str]:
     return "".join(f"{part}." for part in ours), "".join(f"{part}." for part in theirs)
 
 
-def _explains(pair: tuple[str, str], odd: list[str], known: set[str]) -> bool:
-    return "#" not in "".join(pair) and all(renamed(name, pair) in known for name in odd)
+def _explains(pair: tuple[str, str], odd: list[str], free: set[str]) -> bool:
+    """Whether the pair leads all odd names to names that are still free."""
+    borne_out = "" in pair or any("#" in name.removeprefix(pair[0]) for name in odd)
+    return borne_out and "#" not in "".join(pair) and all(renamed(name, pair) in free for name in odd)
 
 
 def _length(pair: tuple[str, str]) -> tuple[int, tuple[str, str]]:

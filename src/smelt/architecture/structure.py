@@ -125,9 +125,10 @@ class Structure:
         return self.stacks[0] if len(self.stacks) == 1 else None
 
     def rename_layer(self, name: str, layer: int) -> str:
-        """``name`` in another layer; names outside of all stacks stay as they are."""
-        cut = first_index(name)
-        return str(cut._replace(number=layer)) if cut and cut.container in self._stack_of else name
+        """``name`` in another layer; names outside of all layers stay as they are."""
+        cut, role = first_index(name), self.get(name)
+        moves = cut is not None and cut.container in self._stack_of and (role is None or role.layer is not None)
+        return str(cut._replace(number=layer)) if cut and moves else name
 
     @property
     def layer_count_key(self) -> KeyPath | None:

@@ -26,6 +26,8 @@ class View:
         names, known = item.checkpoint.tensors.keys(), donor.checkpoint.tensors.keys()
         self._pair = _leading_parts(names - {HEAD}, known - {HEAD})
         self.names = {(name if name in known else self.called(name)): name for name in names}
+        if len(self.names) < len(names):  # two tensors would get one name
+            self._pair, self.names = ("", ""), {name: name for name in names}
         self.is_renamed = any(name != own for name, own in self.names.items())
 
     def called(self, name: str) -> str:
