@@ -126,9 +126,15 @@ class Structure:
 
     def rename_layer(self, name: str, layer: int) -> str:
         """``name`` in another layer; names outside of all layers stay as they are."""
+        stack, _, rest = self.place(name)
+        return f"{stack}.{layer}.{rest}" if stack else name
+
+    def place(self, name: str) -> tuple[str, int, str]:
+        """Stack, layer and the rest of a name, stored or not; an empty stack and the whole name outside."""
         cut, role = first_index(name), self.get(name)
-        moves = cut is not None and cut.container in self._stack_of and (role is None or role.layer is not None)
-        return str(cut._replace(number=layer)) if cut and moves else name
+        if cut is None or cut.container not in self._stack_of or (role is not None and role.layer is None):
+            return "", 0, name
+        return cut
 
     @property
     def layer_count_key(self) -> KeyPath | None:

@@ -12,6 +12,7 @@ from .options import common
 #: Command -> its line in ``smelt --help``; each is the ``command`` of the module of that name.
 COMMANDS = {
     "merge": "Run a recipe: merge models into a new folder.",
+    "explain": "What a recipe does with each tensor.",
     "check": "Can these models be merged, and how best?",
     "inspect": "What a checkpoint holds.",
     "methods": "The merge methods, their parameters and papers.",

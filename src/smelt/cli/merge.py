@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @click.option("--seed", type=click.IntRange(min=0), help="Overrides the recipe's seed.")
 @click.option("--shard-size", metavar="SIZE", help="Largest weight file. Default: the recipe's, else 5GB.")
 @click.option(
-    "--on-extra", type=click.Choice(["copy", "drop", "error"]), default="error", show_default=True,
+    "--on-extra", type=click.Choice(["copy", "drop", "merge", "error"]), default="error", show_default=True,
     help="A tensor that only some models have.",
 )  # fmt: skip
 @click.option(
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option("--force", is_flag=True, help="Merge models that do not share a backbone all the same.")
 @click.option("--strict", is_flag=True, help="Warnings about the inputs are errors.")
+@click.option("--raw", is_flag=True, help="Bare tensors: no config, no layers, no ties, no side files.")
+@click.option("--stages", metavar="DIR", help="Keep the results of stages here, for a later run to find.")
 @click.option("--card/--no-card", default=True, help="Write README.md, the model card.")
 @json_option
 @common
@@ -49,7 +51,7 @@ def command(recipe: str, out: str | None, dry_run: bool, as_json: bool, **option
     """
     if out is None and not dry_run:
         raise click.UsageError("OUT is missing: name the folder to create, or add --dry-run")
-    source = _recipe(recipe)
+    source = recipe_argument(recipe)
     if dry_run:
         from ..engine import plan
 
@@ -63,7 +65,7 @@ def command(recipe: str, out: str | None, dry_run: bool, as_json: bool, **option
     _show_artifact(artifact, as_json)
 
 
-def _recipe(argument: str) -> str | Sequence[Recipe]:
+def recipe_argument(argument: str) -> str | Sequence[Recipe]:
     """What the engine takes: a path, or the recipes read from stdin."""
     from ..recipe import did_you_mean, parse
 
@@ -99,9 +101,11 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
     columns = ("output tensor", "dtype", "shape", ">size", "action", "per model")
     print_table(columns, [_row(row) for row in facts["rows"]])
     passes = facts["passes"]
+    stages = [f"{stage['method']} of {', '.join(map(plain, stage['inputs']))}" for stage in facts["stages"]]
     print_pairs(
         {
             "method": f"{facts['method']} ({facts['variant']})",
+            **({"stages before": "; ".join(stages)} if stages else {}),
             "tensors": str(facts["tensors"]),
             "inputs": ", ".join(map(plain, facts["inputs"])),
             **({"statistics": ", ".join(map(plain, facts["statistics"]))} if facts["statistics"] else {}),
