@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..architecture import Structure
-from ..checkpoint import load
+from ..checkpoint import Checkpoint, load
 from ..errors import InputRejected, UsageError, show
 from ..kernels.dtypes import DTYPES, NAMES
 from ..kernels.program import Copy, Output
@@ -20,6 +21,8 @@ from ..methods.lines import wrapped
 from ..methods.tensors import identity
 from .device import Policy, mapper_for
 from .execute import Executor, Job, Steps, usable_cores
+from .gradients import lost, merge_live, numbers, remembered, remembering
+from .live import arrays_of, ties
 from .operands import CheckpointOperand
 from .parameters import check_counts, constant_parameters, lines_of
 from .parts import own_parts, parts_of
@@ -31,8 +34,8 @@ Arrays = Mapping[str, Any]
 
 def merge_tensors(
     method: str,
-    models: Sequence[Arrays],
-    base: Arrays | None = None,
+    models: Sequence[Any],
+    base: Any = None,
     *,
     parameters: Mapping[str, Any] | None = None,
     per_model: Mapping[str, Sequence[Any]] | None = None,
@@ -47,20 +50,23 @@ def merge_tensors(
     device: str = "cpu",
     threads: int | None = None,
     on_nonfinite: Policy = "error",
+    differentiable: bool = False,
 ) -> dict[str, Any]:
-    """Merge dicts of arrays by the method called ``method``.
+    """Merge dicts of arrays, or live models, by the method called ``method``.
 
     Parameters
     ----------
-    models: one dict per model, name -> array; without the base where the method has one.
-    base: the base model's dict, for methods that need one.
+    models: one dict per model, name -> array, or a ``torch.nn.Module``, which stands for its ``state_dict()``;
+        without the base where the method has one.
+    base: the base model's dict or module, for methods that need one.
     parameters, per_model: values by name; a per-model parameter takes one value per model, or one for all.
     statistics: one dict per model, kind -> {tensor name -> array} (Fisher, Gram, ...); one in all for kinds that
         serve all models.
     masks: one dict per model, tensor name -> array of 0 and 1 (1 = kept), instead of random draws.
     seed: names the random draws.
     dtype: of the output ("bfloat16", ...); default: the inputs' common type per tensor.
-    tied: alias -> owner, for names that repeat another tensor: merged (and counted) once.
+    tied: alias -> owner, for names that repeat another tensor: merged (and counted) once. Torch tensors that
+        share their memory in every model are found to be tied without being told.
     parts: for methods whose result is more than one model: what every task's model is made of, as
         "unified/<tensor>", "mask.<task>/<tensor>" (packed bits), "rescale.<task>/<tensor>" and, for excluded
         tensors, "own.<task>/<tensor>". :func:`smelt.restore_task` puts them together.
@@ -68,8 +74,12 @@ def merge_tensors(
     config: the models' config.json, for methods that ask which layer a tensor belongs to; without it the
         layers are told from the names.
     device: "cpu", or a torch device such as "cuda".
+    differentiable: let gradients flow from the result to the models' torch tensors and to parameters given as
+        torch scalars (per model: a sequence of them, or a vector). They flow through the element formula;
+        statistics (norms, thresholds, random draws) count as constant. Methods on whole matrices refuse it.
 
-    Returns the merged dict, of the kind of array that ``models[0]`` holds.
+    Returns the merged dict, of the kind of array that ``models[0]`` holds, which a module's ``load_state_dict``
+    takes. Names that are tied hold one tensor.
 
     Raises UsageError for wrong parameters, InputRejected for tensors that do not fit together,
     OperationFailed when NaN or Inf is met (``on_nonfinite="warn"`` or ``"allow"`` lets it pass).
@@ -78,7 +88,9 @@ def merge_tensors(
     if lines is not None:
         UsageError.gather(["lines has no effect on the parts of a result"] if parts else [])
         chosen = wrapped(chosen, lines_of(lines, len(models)))
-    shared, each = constant_parameters(chosen, parameters or {}, per_model or {}, len(models), parts)
+    UsageError.gather(["parts are not differentiable: merge, or ask for one task"] if parts and differentiable else [])
+    given, each_given = dict(parameters or {}), {name: list(values) for name, values in (per_model or {}).items()}
+    shared, each = constant_parameters(chosen, numbers(given), numbers(each_given), len(models), parts)
     UsageError.gather(check_counts(chosen, len(models), base is not None))
     inputs = _Inputs(chosen, models, base, statistics, masks, tied or {}, config or {})
     tensors = [inputs.tensor(name, shared, each, seed) for name in inputs.merged(shared)]
@@ -88,6 +100,10 @@ def merge_tensors(
     mapper = mapper_for(device, on_nonfinite, _warn)
     with Executor(sink, mapper, threads=threads or usable_cores()) as executor:
         tensors = _survey(chosen, tensors, executor)
+        if differentiable:
+            shared, each = remembering(shared, given), remembering(each, given | each_given)
+            live = [replace(tensor, shared=shared, each=each) for tensor in tensors]
+            return inputs.merged_live(chosen, live, dtype, executor, on_nonfinite, shared.get("task"))
         if parts:
             executor.run(inputs.part_jobs(chosen, tensors, dtype, sink))
         else:
@@ -97,8 +113,6 @@ def merge_tensors(
 
 def _survey(method: Method, tensors: list[Tensor], executor: Executor) -> list[Tensor]:
     """Give every tensor what the method knows of the whole model."""
-    from dataclasses import replace
-
     if method.survey is None or not tensors:
         return tensors
     known = executor.survey(method.survey(Model(tuple(tensors))))
@@ -136,21 +150,29 @@ class _Inputs:
     """The dicts as checkpoints, and which of their tensors are merged, copied or shared."""
 
     def __init__(
-        self, method: Method, models: Sequence[Arrays], base: Arrays | None,
+        self, method: Method, models: Sequence[Any], base: Any,
         statistics: Sequence[Mapping[str, Arrays]] | None, masks: Sequence[Arrays] | None, tied: Mapping[str, str],
         config: Mapping[str, Any],
     ) -> None:  # fmt: skip
         self._method = method
-        self._models = [load(model, label=f"model {i}") for i, model in enumerate(models)]
-        self._base = None if base is None else load(base, label="base")
+        self._live: dict[int, Arrays] = {}
+        self._models = [self._opened(model, f"model {i}") for i, model in enumerate(models)]
+        self._base = None if base is None else self._opened(base, "base")
         self._statistics = _given_statistics(statistics or (), method, len(models))
         self._finder = Finder(method)
         self._masks = [load(arrays, label=f"mask of model {i}") for i, arrays in enumerate(masks or ())]
-        self._aliases = {alias: owner for alias, owner in tied.items() if alias != owner}
         self._everything = [*([self._base] if self._base is not None else []), *self._models]
         self.names = self._common_names()
+        self._aliases = {alias: owner for alias, owner in {**self._ties(), **tied}.items() if alias != owner}
         shapes = {name: info.shape for name, info in self._everything[0].tensors.items()} if self._everything else {}
         self._roles = Structure.of(shapes, config) if config else Structure.by_names(shapes)
+
+    def _opened(self, model: Any, label: str) -> Checkpoint:
+        """A dict, a module or an opened checkpoint; the live arrays of the first two are remembered."""
+        arrays = arrays_of(model)
+        checkpoint = load(arrays, label=label)
+        self._live[id(checkpoint)] = {} if isinstance(arrays, Checkpoint) else arrays
+        return checkpoint
 
     def _common_names(self) -> list[str]:
         """Names that all inputs have, after checking that they agree on names, shapes and kinds."""
@@ -165,6 +187,9 @@ class _Inputs:
                 problems.append(f"tensor {show(name)}: shapes differ: {shapes}")
         InputRejected.gather(problems)
         return names
+
+    def _ties(self) -> dict[str, str]:
+        return ties([self._live[id(checkpoint)] for checkpoint in self._everything], self.names)
 
     def merged(self, shared: Mapping[str, Any]) -> list[str]:
         """The tensors that the method sees: floating, not excluded, not an alias."""
@@ -235,6 +260,31 @@ class _Inputs:
             return lambda: method.merge(tensor)
         kept = method.keeper(len(self._models), task) if self._floating(name) else None
         return partial(Copy, CheckpointOperand(self._everything[0] if kept is None else self._models[kept], name))
+
+    def merged_live(
+        self, method: Method, tensors: list[Tensor], dtype: str | None, executor: Executor, policy: Policy,
+        task: int | None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Every output tensor as a function of the live inputs."""
+        merged = {tensor.name: tensor for tensor in tensors}
+        values: dict[str, Any] = {}
+        reached: frozenset[str] = frozenset()
+        for name, sources in self._sources():
+            code = _output_dtype([source.dtype for source in sources], dtype)
+            begin = self._begin(name, merged.get(name), method, task)
+            values[name], more = merge_live(begin, sources[0], executor, self._live_tensor, code, policy)
+            reached |= more
+        given = remembered(value for t in tensors for each in (t.shared, t.each) for value in each.values())
+        if given - reached:
+            raise UsageError(lost(given - reached))
+        values.update({alias: values[owner] for alias, owner in self._aliases.items()})
+        return dict(sorted(values.items()))
+
+    def _live_tensor(self, operand: Any) -> Any:
+        """The torch tensor that an operand reads, or None."""
+        arrays = self._live.get(id(getattr(operand, "checkpoint", None)), {})
+        array = arrays.get(getattr(operand, "name", ""))
+        return array if hasattr(array, "requires_grad") else None
 
     def like_the_input(self, sink: ArraySink, parts: bool) -> dict[str, Any]:
         """The stored arrays as values, of the caller's kind, aliases included."""

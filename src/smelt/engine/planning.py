@@ -372,7 +372,7 @@ def _role(piece: Piece, layers: Layers) -> TensorRole | None:
     """The tensor's place in the result, whose layers may be others than those of its source."""
     source = piece.sources[0]
     role = source.input.roles.get(source.name)
-    if role is None or role.stack not in layers:
+    if role is None or role.stack is None or role.stack not in layers:
         return role
     return role.moved(piece.name, layers[role.stack])
 

@@ -14,13 +14,13 @@ of one base nearly always lie above the threshold, where slerp is linear interpo
 
 from __future__ import annotations
 
-from math import acos, sin, sqrt
+from math import acos, sqrt
 from typing import Any
 
 from ..kernels.program import Call, Gram, call
 from .linear import weighted_sum
 from .registry import REQUIRED, Citation, Method, Parameter, Steps
-from .tensors import Tensor
+from .tensors import Tensor, sine
 
 #: Above this cosine arc and chord agree to float32's precision; opposite vectors have no arc at all.
 _PARALLEL = 1 - 1e-6
@@ -51,7 +51,7 @@ def coefficients(gram: list[list[float]], t: float, threshold: float, eps: float
     if abs(cosine) > min(threshold, _PARALLEL):
         return 1 - t, t
     angle = acos(cosine)
-    return sin((1 - t) * angle) / sin(angle), sin(t * angle) / sin(angle)
+    return sine((1 - t) * angle) / sine(angle), sine(t * angle) / sine(angle)
 
 
 METHODS = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import sin
 from typing import Any
 
 from ..architecture import TensorRole
@@ -108,3 +109,8 @@ def delta(base: Any, model: Any) -> Any:
 def kept_delta(base: Any, model: Any, keep: Any) -> Any:
     """The task vector's element where it was drawn, 0 elsewhere."""
     return where(keep, model - base, 0)
+
+
+def sine(x: Any) -> Any:
+    """The sine of a number, or of what stands for one under autograd."""
+    return x.sin() if hasattr(x, "sin") else sin(x)
