@@ -56,6 +56,7 @@ def test_stages_give_the_bits_of_separate_runs(family: Family, tmp_path: Path) -
     manifest = json.loads((out / "smelt-manifest.json").read_text())
     assert "name: soup" in manifest["recipe"]
     assert artifact.tensors == len(family.base_arrays)
+    assert not any(str(tmp_path).encode() in file.read_bytes() for file in out.iterdir()), "no local path is told"
 
 
 def test_a_recipe_may_stand_in_the_place_of_a_model(family: Family, tmp_path: Path) -> None:
@@ -65,6 +66,7 @@ def test_a_recipe_may_stand_in_the_place_of_a_model(family: Family, tmp_path: Pa
     outer = {"merge_method": "slerp", "base_model": soup, "models": [{"model": c}], "parameters": {"t": 0.5}}
     smelt.merge(outer, tmp_path / "out")
     assert stored(tmp_path / "out") == by_hand(family, tmp_path)
+    assert not any(str(tmp_path).encode() in file.read_bytes() for file in (tmp_path / "out").iterdir())
 
 
 def test_kept_stages_are_found_again_and_only_these(family: Family, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from ..errors import OperationFailed, UsageError, show
 from ..kernels.arrays import apply
 from ..kernels.dtypes import DTYPES
 from ..kernels.generate import precision_of
-from ..kernels.program import Call, Copy, Draw, Mask, Operand, Output, Request, Step, Whole
+from ..kernels.program import Call, Copy, Draw, Mask, Operand, Output, Request, Step
 from ..kernels.random import words
 from .device import Policy
 from .execute import Executor, Steps
@@ -159,7 +159,7 @@ def merge_live(
 
     begun = begin()
     output: Output = executor.survey(_with_constants(begun)) if isinstance(begun, Generator) else begun
-    if isinstance(output, Whole):
+    if not isinstance(output, Call | Copy):
         raise UsageError("differentiable: this method works on whole matrices, which no gradient flows through")
     result = _tensor(output.operand, live) if isinstance(output, Copy) else _applied(output, live)
     merged = result.reshape(like.shape).to(getattr(torch, DTYPES[dtype].value_type))

@@ -70,7 +70,8 @@ class Output:
 @dataclass(frozen=True, eq=False)
 class Plan:
     """The exact work. ``stages`` are the plans of the recipes whose results this one takes, which the figures
-    do not count, but for ``disk_needed``. ``close()`` releases the inputs.
+    do not count, but for ``disk_needed``. ``paths`` are local ones that the recipe's text names beside those
+    of the inputs. ``close()`` releases the inputs.
     """
 
     recipe: Recipe
@@ -83,6 +84,7 @@ class Plan:
     outputs: tuple[Output, ...]
     notices: list[str] = field(default_factory=list)
     stages: tuple[Plan, ...] = ()
+    paths: tuple[str, ...] = ()
 
     @property
     def passes(self) -> tuple[int, int]:

@@ -26,7 +26,7 @@ from .planning import Output, Plan, RecipeLike, make_plan
 from .progress import Progress, Silent
 from .publish import check_destination, check_space, staging
 from .sink import DiskSink, write_tensors
-from .stages import home_of, plan_stages, stages_of, workplace
+from .stages import home_of, local_paths, plan_stages, stages_of, workplace
 from .views import alike
 from .whole import read_whole
 
@@ -78,11 +78,14 @@ def merge(
     plan_stages(stages, chosen, places).close()
     check_destination(out, [])
     notices: list[str] = []
+    paths = local_paths(stages)
     with workplace(out, chosen) as work:
         for stage in stages[:-1]:
-            places[stage.name], told = _finished(stage, make_plan(stage.recipe, chosen, places), work, shown)
+            plan = replace(make_plan(stage.recipe, chosen, places), paths=paths)
+            places[stage.name], told = _finished(stage, plan, work, shown)
             notices += [f"stage {show(stage.name)}: {notice}" for notice in told]
-        artifact = _run(make_plan(stages[-1].recipe, chosen, places), out, shown, started)
+        last = replace(make_plan(stages[-1].recipe, chosen, places), paths=paths)
+        artifact = _run(last, out, shown, started)
     return replace(artifact, warnings=[*notices, *artifact.warnings])
 
 
@@ -255,4 +258,4 @@ def _card(plan: Plan, title: str, notices: Sequence[str]) -> str:
 
 
 def _public(plan: Plan, text: str) -> str:
-    return without_paths(text, [plan.recipe.origin, *plan.inputs.local_paths()])
+    return without_paths(text, [plan.recipe.origin, *plan.inputs.local_paths(), *plan.paths])

@@ -62,6 +62,12 @@ def plan_stages(stages: Sequence[Stage], options: Options, models: Places) -> Pl
     return replace(plans[-1], stages=tuple(plans[:-1]))
 
 
+def local_paths(stages: Sequence[Stage]) -> tuple[str, ...]:
+    """The models of all stages that are paths on this machine: no output may tell where they are."""
+    named = {reference.path for stage in stages for reference in stage.recipe.references()}
+    return tuple(sorted(path for path in named if storage.exists(Path(path).expanduser())))
+
+
 class Promised(Checkpoint):
     """What a plan will make: all of it but the values."""
 
