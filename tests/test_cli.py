@@ -91,7 +91,7 @@ def test_no_arguments_show_help_as_an_error(capsys: pytest.CaptureFixture[str]) 
     ("arguments", "message"),
     [
         (["mrege"], "no command 'mrege'; did you mean 'merge'?"),
-        (["zzz"], "no command 'zzz'; there are merge, check"),
+        (["zzz"], "no command 'zzz'; there are merge, explain"),
         (["merge"], "Missing argument 'RECIPE'"),
         (["methods", "--jsn"], "No such option"),
         (["methods", "tie"], "unknown merge method 'tie'; did you mean 'ties'?"),

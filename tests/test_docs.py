@@ -139,12 +139,9 @@ REFUSED = {
     "tokenizer": f"{MODELS}\ntokenizer: {{source: base}}",
     "tokenizer_source": f"{MODELS}\ntokenizer_source: union",
     "chat_template": f"{MODELS}\nchat_template: chatml",
-    "modules": "modules: {text: {models: [{model: m}]}}",
     "adapters": "models: [{model: m+a, parameters: {weight: 1}}]",
     "override_architecture": "models: [{model: {model: m, override_architecture: A}, parameters: {weight: 1}}]",
-    "recipes in the place of a model": "models: [{model: {merge_method: linear, models: [{model: m}]}}]",
     "residual_weight": "slices: [{sources: [{model: m, layer_range: [0, 1]}], residual_weight: 0.5}]",
-    "several documents": f"name: a\n{MODELS}\n---\nmerge_method: linear\n{MODELS}",
     "holes": f"{MODELS}\nparameters: {{weight: {{search: [0.0, 1.0]}}}}",
     "output formats other than safetensors": f"{MODELS}\noutput: {{format: gguf}}",
 }

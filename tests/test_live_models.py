@@ -97,6 +97,15 @@ def test_the_live_result_has_the_bits_of_the_other(method: str, dtype: Any) -> N
     assert not dead["w"].requires_grad
 
 
+def test_of_equal_magnitudes_the_live_result_keeps_the_same() -> None:
+    base, one, other = (torch.randint(-2, 3, (30, 40)).float() for _ in range(3))
+    given: dict[str, Any] = {"base": {"w": base}, "parameters": {"variant": "mergekit"}}
+    given["per_model"] = {"weight": [1.0, 1.0], "density": [0.3, 0.5]}
+    live = smelt.merge_tensors("ties", [{"w": one}, {"w": other}], differentiable=True, **given)
+    dead = smelt.merge_tensors("ties", [{"w": one}, {"w": other}], **given)
+    assert torch.equal(live["w"], dead["w"])
+
+
 def test_gradients_are_those_of_the_formula() -> None:
     """Against finite differences, for models, base, weights and lambda; statistics stay as they are."""
     base, *models = tensors(2, torch.float64)

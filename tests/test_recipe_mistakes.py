@@ -120,7 +120,10 @@ BAD: list[tuple[str, str, str]] = [
     ("negative", SOURCE + "  - {model: a, layer_range: [-2, 3]}\n", r"4:29: layer_range \[-2, 3\] is negative"),
     ("all empty", SOURCE + "  - {model: a, layer_range: [0, 0]}\n", r"2:1: every layer_range is empty"),
     ("unequal lengths", SOURCE + "".join(f"  - {{model: m{n}, layer_range: [0, {n}]}}\n" for n in (4, 3, 2)),
-     r"3:3: the sources of one slice .* found 4, 3, 2; did you mean 3 slices of one source each\?"),
+     r"3:3: the sources of one slice .* found 4, 3, 2; did you mean 3 slices of one source each\? "
+     r"That is: slices: \[\{sources: \[\{model: m4, layer_range: \[0, 4\]\}\]\}, .*m2, layer_range: \[0, 2\]"),
+    ("only of nothing", MODELS + "only: []\n", r"3:1: only is empty: name at least one filter"),
+    ("only of a number", MODELS + "only: [mlp, 3]\n", r"3:13: only takes filters .*, found 3 \(quote it"),
     ("source twice", SOURCE + "  - {model: a, layer_range: [0, 2]}\n  - {model: a, layer_range: [2, 4]}\n",
      r"5:13: 'a' is listed twice"),
     # tokenizer, template, output

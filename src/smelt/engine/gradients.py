@@ -22,6 +22,8 @@ from ..kernels.program import Call, Copy, Draw, Mask, Operand, Output, Request, 
 from ..kernels.random import words
 from .device import Policy
 from .execute import Executor, Steps
+from .quota import Quotas
+from .tiles import BufferPool, Tile
 from .whole import read_whole
 
 #: Gives the live tensor of an operand, or None for one that was made on the way.
@@ -161,6 +163,8 @@ def merge_live(
     output: Output = executor.survey(_with_constants(begun)) if isinstance(begun, Generator) else begun
     if not isinstance(output, Call | Copy):
         raise UsageError("differentiable: this method works on whole matrices, which no gradient flows through")
+    if isinstance(output, Call):
+        output = Quotas().resolved(output, Tile(0, output.count, BufferPool()))
     result = _tensor(output.operand, live) if isinstance(output, Copy) else _applied(output, live)
     merged = result.reshape(like.shape).to(getattr(torch, DTYPES[dtype].value_type))
     if policy != "allow" and not merged.isfinite().all():

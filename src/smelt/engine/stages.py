@@ -43,7 +43,13 @@ def stages_of(recipe: RecipeLike, models: Mapping[str, Any]) -> list[Stage]:
     """The stages of a recipe, the output last. UsageError for ``models`` that it does not name."""
     stages = in_order(read_recipes(recipe))
     named = {reference.path for stage in stages for reference in stage.recipe.references()}
-    UsageError.gather(f"models: the recipe names no model {show(name)}" for name in models if name not in named)
+    taken = {stage.name for stage in stages[:-1]}
+    UsageError.gather(
+        f"models: {show(name)} is a document of the recipe" if name in taken
+        else f"models: the recipe names no model {show(name)}"
+        for name in models
+        if name in taken or name not in named
+    )  # fmt: skip
     return stages
 
 
@@ -64,7 +70,8 @@ def plan_stages(stages: Sequence[Stage], options: Options, models: Places) -> Pl
 
 def local_paths(stages: Sequence[Stage]) -> tuple[str, ...]:
     """The models of all stages that are paths on this machine: no output may tell where they are."""
-    named = {reference.path for stage in stages for reference in stage.recipe.references()}
+    recipes = [stage.recipe for stage in stages]
+    named = {each.path for recipe in recipes for each in (*recipe.references(), *recipe.statistics())}
     return tuple(sorted(path for path in named if storage.exists(Path(path).expanduser())))
 
 
@@ -104,7 +111,7 @@ def home_of(stage: Stage, plan: Plan, work: Path) -> Path:
     options, donor = plan.options, plan.inputs.donor.checkpoint
     made_of = [
         __version__, stage.recipe.text, plan.seed, options.on_extra, options.on_nonfinite, options.raw, plan.shard_size,
-        [_identity(item) for item in plan.inputs],
+        [_identity(item) for item in (*plan.inputs, *plan.inputs.beside.values())],
         {name: hashlib.sha256(data).hexdigest() for name, data in side_files(donor).items()},
     ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
