@@ -15,10 +15,11 @@ from smelt.kernels.arrays import apply
 from smelt.kernels.dtypes import DTYPES, narrowed
 from smelt.kernels.generate import precision_of
 from smelt.kernels.launch import run_map, run_sums
-from smelt.kernels.program import Call, Draw, Mask, Step, call
+from smelt.kernels.program import Call, Draw, Each, Mask, Step, call
 from smelt.kernels.source import source_of
 from smelt.kernels.vocabulary import maximum, minimum, sign, sqrt, where
 from smelt.methods import ties
+from smelt.methods.tensors import delta
 
 SPECIALS = [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 1e-45, -1e-45, 6e-8, 65504.0, 65520.0, 3.4e38, 1e-38]
 
@@ -274,3 +275,21 @@ def test_sums_match_exact_sums_and_ignore_strips(n: int, seed: int) -> None:
     totals = blocks.sum(axis=0)
     wanted = [np.float64(x) @ np.float64(x), np.float64(x) @ np.float64(y), np.float64(y) @ np.float64(y)]
     assert np.allclose(totals, wanted, rtol=1e-12, atol=1e-9)
+
+
+def test_each_gives_one_number_per_operand() -> None:
+    """The same sums as a formula that is written for so many operands, whatever they are stored in."""
+    base, *models = (operand(np.random.default_rng(seed).normal(0, 1, 9000), "F32") for seed in range(3))
+    models.append(operand(models[0].stored, "BF16"))
+    one_by_one = call(delta, base=base, model=Each(models))
+    together = call(three_deltas, base=base, models=tuple(models))
+    for products in (True, False):
+        first, second = (
+            run_sums(work, lambda operand: operand.stored, 0, 9000, 3, products=products)
+            for work in (one_by_one, together)
+        )
+        assert np.array_equal(first, second)
+
+
+def three_deltas(base: Any, models: Any) -> Any:
+    return (models[0] - base, models[1] - base, models[2] - base)

@@ -40,7 +40,7 @@ class Quotas:
 
     def _value(self, value: Any, tile: Tile) -> Any:
         if isinstance(value, tuple):
-            return tuple(self._value(item, tile) for item in value)
+            return type(value)(self._value(item, tile) for item in value)
         return self._counter(value).value(tile) if isinstance(value, Quota) else value
 
     def _counter(self, quota: Quota) -> _Counter:

@@ -18,7 +18,7 @@ from ..kernels.arrays import apply
 from ..kernels.generate import precision_of
 from ..kernels.launch import run_count, run_magnitudes, run_sums
 from ..kernels.order import MAX_BINS, RankSearch
-from ..kernels.program import Call, Draw, Gram, Mask, Quota, Rank, Request, Rows, Step, Top, Totals
+from ..kernels.program import Call, Draw, Each, Gram, Mask, Quota, Rank, Request, Rows, Step, Top, Totals
 from .tiles import TILE, Tile
 from .whole import rows_called
 
@@ -202,7 +202,10 @@ def _symmetric(upper: list[float], width: int) -> list[list[float]]:
 
 
 def _width_of(call: Call) -> int:
-    """How many numbers the formula returns: try it on one element."""
+    """How many numbers the formula returns: one for each item of an Each, else try it on one element."""
+    for value in call.arguments.values():
+        if isinstance(value, Each):
+            return len(value)
     one = np.ones(1, precision_of(call))
     return len(apply(call.formula, {name: _stand_in(value, one) for name, value in call.arguments.items()}))
 

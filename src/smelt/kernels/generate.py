@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .dtypes import DTYPES
-from .program import SUM_BLOCK, Call, Draw, Mask, Quota, Step
+from .program import SUM_BLOCK, Call, Draw, Each, Mask, Quota, Step
 from .source import Formula, source_of
 
 Kinds = tuple[tuple[str, Any], ...]
@@ -49,7 +49,7 @@ def kinds_of(call: Call) -> Kinds:
 
 def _kind(value: Any) -> Any:
     if isinstance(value, tuple):
-        return tuple(_kind(item) for item in value)
+        return (*(("each",) if isinstance(value, Each) else ()), *(_kind(item) for item in value))
     if isinstance(value, bool):
         return str(value)
     if isinstance(value, int | float | Step | Quota):
@@ -69,7 +69,7 @@ class _Arguments:
         self.draws: list[int] = []
         self.loads: list[str] = []
         self.checks: list[str] = []
-        self.call = "formula(" + ", ".join(f"{name}={self._expression(kind)}" for name, kind in kinds) + ")"
+        self.call = _call({name: self._expression(kind) for name, kind in kinds})
 
     @property
     def names(self) -> list[str]:
@@ -79,7 +79,9 @@ class _Arguments:
     def words(self) -> list[tuple[str, str, int]]:
         return [(f"words{n}", "uint32", _BLOCK) for n in self.draws]
 
-    def _expression(self, kind: Any) -> str:
+    def _expression(self, kind: Any) -> str | list[str]:
+        if isinstance(kind, tuple) and kind[:1] == ("each",):
+            return [self._scalar(item) for item in kind[1:]]
         if isinstance(kind, tuple) and set(kind) == {"value"}:
             return self._parameter("v", f"{self.precision}[{len(kind)}]")
         if isinstance(kind, tuple):
@@ -106,6 +108,14 @@ class _Arguments:
     def _parameter(self, letter: str, kind: str) -> str:
         self.parameters.append((f"{letter}{len(self.parameters)}", kind))
         return self.names[-1]
+
+
+def _call(arguments: dict[str, str | list[str]]) -> str:
+    """The formula's call; where one argument is a list, a tuple of calls, one for each of its items."""
+    for name, value in arguments.items():
+        if isinstance(value, list):
+            return "(" + "".join(f"{_call({**arguments, name: item})}, " for item in value) + ")"
+    return "formula(" + ", ".join(f"{name}={value}" for name, value in arguments.items()) + ")"
 
 
 def _loop(

@@ -72,6 +72,12 @@ class Quota:
     wanted: int
 
 
+class Each(tuple[Operand, ...]):
+    """Operands that a formula of Totals or Gram sees one after the other: it gives one number for each of them."""
+
+    __slots__ = ()
+
+
 Argument = Any  # Operand | Draw | Mask | float | Step | Quota, or a tuple of one of these
 
 
@@ -137,14 +143,17 @@ class Top:
 
 @dataclass(frozen=True, eq=False)
 class Totals:
-    """The sum of each number that the formula returns, in fp64, over all ``calls``. Result: list[float]."""
+    """The sum of each number that the formula returns, in fp64, over all ``calls``. Result: list[float].
+
+    The formula returns a tuple of numbers, or one number where an argument is an :class:`Each`.
+    """
 
     calls: tuple[Call, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Gram:
-    """All pairwise products of the numbers that the formula returns, summed in fp64.
+    """All pairwise products of the numbers that the formula returns, as for Totals, summed in fp64.
 
     Result: a symmetric list of rows.
     """
