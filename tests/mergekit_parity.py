@@ -28,7 +28,7 @@ HERE = Path(__file__).parent / "mergekit_cases"
 
 #: Methods and programs of mergekit that later versions bring.
 LATER_METHODS = {
-    "nuslerp", "multislerp", "karcher", "model_stock", "sce", "breadcrumbs", "breadcrumbs_ties", "della",
+    "sce", "breadcrumbs", "breadcrumbs_ties", "della",
     "della_linear", "nearswap", "arcee_fusion", "ram", "ramplus_tl",
 }  # fmt: skip
 LATER_ENTRIES = {"mergekit-moe", "mergekit-extract-lora", "mergekit-tokensurgeon"}

@@ -74,6 +74,10 @@ class TestEveryMethod:
         assert [bits(arrays) for arrays in (BASE, X, Y)] == before
 
     def test_takes_one_model(self, method: Method, variant: str) -> None:
+        if method.min_models > 1:
+            with pytest.raises(UsageError, match=f"{method.name} takes .*, 1 were given"):
+                run(method, variant, [X])
+            return
         out = run(method, variant, [X])
         assert out.keys() == X.keys()
         assert all(np.isfinite(array).all() for array in out.values())

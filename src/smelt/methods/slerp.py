@@ -15,30 +15,20 @@ of one base nearly always lie above the threshold, where slerp is linear interpo
 from __future__ import annotations
 
 from math import acos, sqrt
-from typing import Any
 
-from ..kernels.program import Call, Gram, call
-from .linear import weighted_sum
 from .registry import REQUIRED, Citation, Method, Parameter, Steps
+from .spherical import combined, products
 from .tensors import Tensor, sine
 
 #: Above this cosine arc and chord agree to float32's precision; opposite vectors have no arc at all.
 _PARALLEL = 1 - 1e-6
 
 
-def pair(a: Any, b: Any) -> Any:
-    return (a, b)
-
-
 def merge(tensor: Tensor) -> Steps:
     assert tensor.base is not None
-    (gram,) = yield (Gram((call(pair, a=tensor.base, b=tensor.models[0]),)),)
-    weights = coefficients(gram, tensor["t"], tensor["dot_threshold"], tensor["eps"])
-    return _interpolate(tensor, weights)
-
-
-def _interpolate(tensor: Tensor, weights: tuple[float, float]) -> Call:
-    return call(weighted_sum, models=(tensor.base, tensor.models[0]), weights=weights)
+    ends = (tensor.base, tensor.models[0])
+    (gram,) = yield (products(ends),)
+    return combined(ends, coefficients(gram, tensor["t"], tensor["dot_threshold"], tensor["eps"]))
 
 
 def coefficients(gram: list[list[float]], t: float, threshold: float, eps: float) -> tuple[float, float]:
