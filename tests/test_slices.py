@@ -216,8 +216,9 @@ def test_sources_of_one_slice_are_equally_long(pair: list[str], tmp_path: Path) 
         smelt.merge(sliced("linear", part(pair, (0, 3), (0, 4)), parameters={"weight": 1}), tmp_path / "out")
 
 
-def test_the_base_is_among_the_sources(pair: list[str], tmp_path: Path) -> None:
-    tree = sliced("task_arithmetic", part(pair[1:], (0, 6)), base_model=pair[0], parameters={"weight": 1})
+@pytest.mark.parametrize("method", ["task_arithmetic", "multislerp"])
+def test_the_base_is_among_the_sources(method: str, pair: list[str], tmp_path: Path) -> None:
+    tree = sliced(method, part(pair[1:], (0, 6)), base_model=pair[0], parameters={"weight": 1})
     with pytest.raises(UsageError, match="must be among the sources of each slice"):
         smelt.merge(tree, tmp_path / "out")
 

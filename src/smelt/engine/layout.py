@@ -229,7 +229,7 @@ class _Builder:
             if last > stack.count:
                 raise UsageError(f"{label} has {stack.count} layers, the range asks for [{first}, {last}]")
         base = self._base_of(part)
-        wanted = base is not None and self._method.base == "required"
+        wanted = base is not None and self._method.base != "ignored"
         if base is not None and wanted and all(e.model.text != base.text for _, e in members):
             raise UsageError(
                 f"base model {base.text} must be among the sources of each slice, with its own layer_range"
