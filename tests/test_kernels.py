@@ -18,7 +18,7 @@ from smelt.kernels.launch import run_map, run_sums
 from smelt.kernels.program import Call, Draw, Each, Mask, Step, call
 from smelt.kernels.source import source_of
 from smelt.kernels.vocabulary import maximum, minimum, sign, sqrt, where
-from smelt.methods import ties
+from smelt.methods.election import ties_mean
 from smelt.methods.tensors import delta
 
 SPECIALS = [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 1e-45, -1e-45, 6e-8, 65504.0, 65520.0, 3.4e38, 1e-38]
@@ -140,8 +140,8 @@ def test_ties_is_the_same_formula_everywhere(values: Any, codes: Any, thresholds
     columns = np.array(values, np.float64).T
     base, *models = (operand(column, code) for column, code in zip(columns, codes, strict=True))
     work = call(
-        ties.ties_mean, base=base, models=tuple(models), kept=(True,) * 3, thresholds=thresholds,
-        centers=(0.0,) * 3, factors=weights, weights=weights, fallback=1.0, scale=0.7,
+        ties_mean, base=base, models=tuple(models), kept=(True,) * 3, thresholds=thresholds,
+        centers=(0.0,) * 3, limits=(1.5, 0.5, float("inf")), factors=weights, weights=weights, fallback=1.0, scale=0.7,
     )  # fmt: skip
     result = compiled(work, "F32")
     assert same_bits(result, by_arrays(work, "F32", "numpy"), "F32")

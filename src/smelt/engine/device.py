@@ -146,8 +146,10 @@ def _tensor(value: Any, arrays: Any, start: int, first: int, last: int, call: Ca
     from ..kernels.generate import precision_of
 
     if isinstance(value, Draw):
-        like = torch.empty(0, device=device)
-        return random.words(value.key, start + first, last - first, like) >= value.threshold
+        words = random.words(value.key, start + first, last - first, torch.empty(0, device=device))
+        one = value.threshold is not None
+        density = value.density if one else torch.from_numpy(arrays(value.density)[first:last]).to(device)
+        return random.drawn(words, density)
     if isinstance(value, Mask):
         return torch.from_numpy(arrays(value.operand)[first:last] != 0).to(device)
     stored = torch.from_numpy(np.ascontiguousarray(arrays(value)[first:last]))

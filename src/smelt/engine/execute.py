@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..kernels.program import Bits, Call, Copy, Number, Operand, Output, Request, Whole
+from ..kernels.program import Bits, Call, Copy, Number, Operand, Output, Request, Whole, row_length
 from .device import Mapper
 from .progress import Progress, Silent
 from .quota import Quotas
@@ -122,13 +122,14 @@ class Executor:
             live.reducers = [reducer_for(request) for request in requests]
             live.partials = {-1: None}
         waiting = [reducer for reducer in live.reducers if not reducer.done]
-        active = [reducer for reducer in waiting if reducer.by_rows == waiting[0].by_rows]
-        live.tiles = self._tiles(live.job, active[0].by_rows)
+        row = _row(waiting[0])
+        active = [reducer for reducer in waiting if _row(reducer) == row]
+        live.tiles = self._tiles(live.job.count, row)
         pairs = [(reducer, reducer.calls[0]) for reducer in active]
         self._submit(live, _pass_over(pairs, live.quotas), self._absorb(live, active))
 
-    def _tiles(self, job: Job, by_rows: bool) -> list[Tile]:
-        return rows_of(job.inputs[0].shape, self._buffers) if by_rows else tiles_of(job.count, self._buffers)
+    def _tiles(self, count: int, row: int | None) -> list[Tile]:
+        return tiles_of(count, self._buffers) if row is None else rows_of(count, row, self._buffers)
 
     def _absorb(self, live: _Live, active: Sequence[Reducer]) -> Callable[[], None]:
         def after() -> None:
@@ -143,7 +144,7 @@ class Executor:
         """The map pass: compute and write."""
         job = live.job
         if isinstance(output, Whole) and output.by_rows:
-            live.tiles = self._tiles(job, by_rows=True)
+            live.tiles = self._tiles(job.count, row_length(job.inputs[0].shape))
             self._submit(live, lambda tile: run_rows(output, job, tile, self._sink, self._buffers), self._end(live))
         elif isinstance(output, Whole):
             live.tiles = [Tile(0, job.count, self._buffers)]
@@ -152,7 +153,7 @@ class Executor:
             live.tiles = [Tile(0, 1, self._buffers)]
             self._submit(live, lambda tile: self._write_number(job, output.value), self._end(live))
         else:
-            live.tiles = self._tiles(job, by_rows=False)
+            live.tiles = self._tiles(job.count, output.row if isinstance(output, Call) else None)
             quotas = live.quotas
             task = self._pack(job, output, quotas) if isinstance(output, Bits) else self._map(job, output, quotas)
             self._submit(live, task, self._end(live))
@@ -239,10 +240,10 @@ class Executor:
 
     def _survey_pass(self, active: Sequence[Reducer]) -> None:
         """One pass over every call of the reducers; calls on the same operand share its tiles."""
-        groups: dict[tuple[int, bool], list[tuple[Reducer, Call]]] = {}
+        groups: dict[tuple[int, int | None], list[tuple[Reducer, Call]]] = {}
         for reducer in active:
             for call in reducer.calls:
-                groups.setdefault((id(call.operands()[0]), reducer.by_rows), []).append((reducer, call))
+                groups.setdefault((id(call.operands()[0]), reducer.row(call)), []).append((reducer, call))
         lives = [self._survey_group(pairs) for pairs in groups.values()]
         while any(live.pending for live in lives):
             self._collect()
@@ -252,9 +253,14 @@ class Executor:
     def _survey_group(self, pairs: list[tuple[Reducer, Call]]) -> _Live:
         reducer, call = pairs[0]
         job = Job("", "F32", call.count, call.operands(), lambda: call)
-        live = _Live(job, self._tiles(job, reducer.by_rows))
+        live = _Live(job, self._tiles(job.count, reducer.row(call)))
         self._submit(live, _pass_over(pairs, live.quotas), lambda: None)
         return live
+
+
+def _row(reducer: Reducer) -> int | None:
+    """Elements per row where a tensor's own request wants tiles of whole rows."""
+    return reducer.row(reducer.calls[0])
 
 
 def _pass_over(pairs: Sequence[tuple[Reducer, Call]], quotas: Quotas) -> Task:

@@ -1,4 +1,4 @@
-"""Which of several equal magnitudes are kept: the first ones, so tiles have to know what came before them.
+"""Which of several equal magnitudes are kept: the first or the last ones, so tiles have to know what came before them.
 
 Every tile counts its own equal magnitudes, then takes the count of all tiles before it. Tiles are started in
 order, so whoever waits waits for tiles that are already running.
@@ -66,7 +66,8 @@ class _Counter:
         kind = np.float64 if precision_of(quota.call) == "float64" else np.float32
         self._quota = quota
         self._bits = bits_of(quota.magnitude, 63 if kind is np.float64 else 31)
-        self._above = float(np.nextafter(kind(quota.magnitude), kind(np.inf)))
+        above = float(np.nextafter(kind(quota.magnitude), kind(np.inf)))
+        self._first, self._rest = (above, quota.magnitude) if quota.stopped else (quota.magnitude, above)
         self._before = {0: 0}  # index of a tile -> equal magnitudes before it
         self._values: dict[int, float | Step] = {}
         self._changed = threading.Condition()
@@ -77,7 +78,7 @@ class _Counter:
         index = tile.start // TILE
         if index not in self._values:
             call, quota = self._quota.call, self._quota
-            spent = self._before.get(index, 0) >= quota.wanted
+            spent = self._before.get(index, 0) >= quota.first
             blocks = _NONE if spent else run_equal(call, tile, tile.start, tile.count, self._bits)
             self._values[index] = self._threshold(tile, self._passed(index, int(blocks.sum())), blocks)
         return self._values[index]
@@ -92,15 +93,15 @@ class _Counter:
             return self._before[index]
 
     def _threshold(self, tile: Tile, passed: int, blocks: npt.NDArray[np.int64]) -> float | Step:
-        left = self._quota.wanted - passed
+        left = self._quota.first - passed
         if left <= 0:
-            return self._above
+            return self._rest
         totals = blocks.cumsum()
         if totals[-1] <= left:
-            return self._quota.magnitude
+            return self._first
         block = int(np.searchsorted(totals, left))
         left -= int(totals[block - 1]) if block else 0
-        return Step(self._quota.magnitude, self._above, self._nth_equal(tile, block * BLOCK, left) + 1)
+        return Step(self._first, self._rest, self._nth_equal(tile, block * BLOCK, left) + 1)
 
     def _nth_equal(self, tile: Tile, first: int, nth: int) -> int:
         """The index of the ``nth`` equal magnitude in the block of the tile that begins at ``first``."""

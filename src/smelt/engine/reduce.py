@@ -18,21 +18,23 @@ from ..kernels.arrays import apply
 from ..kernels.generate import precision_of
 from ..kernels.launch import run_count, run_magnitudes, run_sums
 from ..kernels.order import MAX_BINS, RankSearch
-from ..kernels.program import Call, Draw, Each, Gram, Mask, Quota, Rank, Request, Rows, Step, Top, Totals
+from ..kernels.program import Call, Draw, Each, Gram, Mask, Quota, Rank, Request, Rows, Step, Top, Totals, row_length
+from .matrices import rows_called
 from .tiles import TILE, Tile
-from .whole import rows_called
 
 #: What one pass yields: (index of the tile in its tensor, partial result), in order.
 Partials = Sequence[tuple[int, Any]]
 
 
 class Reducer(Protocol):
-    """One request being answered; ``by_rows`` asks for tiles of whole rows."""
+    """One request being answered."""
 
-    by_rows: bool
     calls: tuple[Call, ...]
     done: bool
     result: Any
+
+    def row(self, call: Call) -> int | None:
+        """Elements per row where ``call`` wants tiles of whole rows."""
 
     def tile(self, call: Call, tile: Tile) -> Any:
         """The partial result of one tile (runs on any thread)."""
@@ -82,8 +84,6 @@ class RankReducer:
     A NaN is no error here: the pass that makes the output finds it, and says in which tensor of which model.
     """
 
-    by_rows = False
-
     def __init__(self, request: Rank) -> None:
         self.calls = request.calls
         self.done = False
@@ -96,6 +96,9 @@ class RankReducer:
         self._search = RankSearch(request.rank, _bits(self.calls[0]))
         self._counts: dict[int, npt.NDArray[np.uint32]] = {}
         self._lock = threading.Lock()
+
+    def row(self, call: Call) -> int | None:
+        return None
 
     def tile(self, call: Call, tile: Tile) -> Any:
         if not self._sampled:
@@ -159,11 +162,14 @@ class TopReducer(RankReducer):
 
     def __init__(self, request: Top) -> None:
         super().__init__(Rank(request.calls, request.call.count - request.keep + 1))
+        self._last = request.last
 
     def _answer(self, search: RankSearch) -> Any:
-        wanted = search.equal - search.place + 1
-        some = wanted < search.equal and not math.isnan(search.value)
-        return Quota(self.calls[0], search.value, wanted) if some else super()._answer(search)
+        unwanted = search.place - 1
+        if not unwanted or math.isnan(search.value):
+            return super()._answer(search)
+        first = unwanted if self._last else search.equal - unwanted
+        return Quota(self.calls[0], search.value, first, stopped=self._last)
 
 
 def _bits(call: Call) -> int:
@@ -173,14 +179,15 @@ def _bits(call: Call) -> int:
 class SumReducer:
     """Totals and Gram matrices: fp64 block sums, added exactly."""
 
-    by_rows = False
-
     def __init__(self, request: Totals | Gram) -> None:
         self.calls = request.calls
         self.done = False
         self.result: Any = None
         self._products = isinstance(request, Gram)
         self._width = _width_of(self.calls[0])
+
+    def row(self, call: Call) -> int | None:
+        return call.row
 
     def tile(self, call: Call, tile: Tile) -> Any:
         return run_sums(call, tile, tile.start, tile.count, self._width, self._products)
@@ -221,13 +228,14 @@ def _stand_in(value: Any, one: Any) -> Any:
 class RowsReducer:
     """Numbers for each row, joined or added up in the order of the rows."""
 
-    by_rows = True
-
     def __init__(self, request: Rows) -> None:
         self.calls = request.calls
         self.done = False
         self.result: Any = None
         self._total = request.total
+
+    def row(self, call: Call) -> int | None:
+        return row_length(call.operands()[0].shape)
 
     def tile(self, call: Call, tile: Tile) -> Any:
         return rows_called(call, tile)

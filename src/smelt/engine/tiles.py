@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,8 @@ import numpy.typing as npt
 
 from ..kernels.dtypes import DTYPES
 from ..kernels.launch import Arrays
-from ..kernels.program import Operand
+from ..kernels.program import ByRow, Operand
+from .matrices import rows_called
 
 #: Elements per tile: 1 MB of bfloat16. A multiple of the sum block (4096) and the random block (1024).
 TILE = 1 << 19
@@ -116,6 +116,8 @@ class RowTile(Tile):
 
     def __call__(self, operand: Operand) -> npt.NDArray[Any]:
         array = self._arrays.get(id(operand))
+        if isinstance(operand, ByRow):
+            return self._computed(operand) if array is None else array
         if array is None:
             array = self._pool.take(self._lead + self.count, operand.dtype)
             for at in range(0, len(array), TILE):
@@ -124,10 +126,15 @@ class RowTile(Tile):
             self._arrays[id(operand)] = array
         return array[self._lead :]
 
+    def _computed(self, operand: ByRow) -> npt.NDArray[Any]:
+        array = self._pool.take(self.count, operand.dtype)
+        array[:] = rows_called(operand.call, self, operand.row).reshape(-1)
+        self._arrays[id(operand)] = array
+        return array
 
-def rows_of(shape: tuple[int, ...], pool: BufferPool) -> list[Tile]:
-    """The rows of a tensor, in order, as tiles of about the usual size."""
-    count, length = prod(shape), row_length(shape)
+
+def rows_of(count: int, length: int, pool: BufferPool) -> list[Tile]:
+    """The rows of a tensor of ``count`` elements, in order, as tiles of about the usual size."""
     found: list[Tile] = []
     for index, first in enumerate(range(0, count, TILE)):
         start = -(-first // length) * length
@@ -135,10 +142,6 @@ def rows_of(shape: tuple[int, ...], pool: BufferPool) -> list[Tile]:
         if start < end:
             found.append(RowTile(index, start, end - start, pool))
     return found
-
-
-def row_length(shape: tuple[int, ...]) -> int:
-    return shape[-1] if shape else 1
 
 
 def tiles_of(count: int, pool: BufferPool) -> list[Tile]:

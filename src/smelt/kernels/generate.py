@@ -55,7 +55,7 @@ def _kind(value: Any) -> Any:
     if isinstance(value, int | float | Step | Quota):
         return "value"
     if isinstance(value, Draw):
-        return "draw"
+        return "draw" if value.threshold is not None else f"draw {value.density.dtype}"
     return f"mask {value.operand.dtype}" if isinstance(value, Mask) else value.dtype
 
 
@@ -94,9 +94,11 @@ class _Arguments:
             return kind
         if kind == "value":
             return self._parameter("v", self.precision)
-        if kind == "draw":
+        if kind.startswith("draw"):
             self.draws.append(n)
-            return f"(w{n}[i] >= {self._parameter('k', 'uint32[3]')}[2])"
+            key = self._parameter("k", "uint32[3]")
+            own = kind.removeprefix("draw").strip()
+            return f"drawn(w{n}[i], {self._scalar(own)})" if own else f"(w{n}[i] >= {key}[2])"
         stored = DTYPES[kind.removeprefix("mask ")].storage.__name__
         self.arrays.append(self._parameter("a", f"[{stored}]"))
         if kind.startswith("mask "):

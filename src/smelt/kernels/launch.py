@@ -90,7 +90,7 @@ def _bind(call: Call, arrays: Arrays, start: int, first: int, last: int) -> list
     """The formula's generated parameters, in order, for elements first .. last of the tile."""
     bound: list[Any] = []
     for value in call.arguments.values():
-        if isinstance(value, tuple) and _is_value(value[0]):
+        if isinstance(value, tuple) and value and all(map(_is_value, value)):
             bound.append([_at(item, start + first) for item in value])
         else:
             for item in value if isinstance(value, tuple) else (value,):
@@ -104,7 +104,8 @@ def _bind_one(item: Any, arrays: Arrays, start: int, first: int, last: int) -> l
     if _is_value(item):
         return [_at(item, start + first)]
     if isinstance(item, Draw):
-        return [(*item.key, item.threshold)]
+        own = [] if item.threshold is not None else _bind_one(item.density, arrays, start, first, last)
+        return [(*item.key, item.threshold or 0), *own]
     return [arrays(item.operand if isinstance(item, Mask) else item)[first:last]]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any, Protocol
 
 import numpy.typing as npt
@@ -34,14 +35,18 @@ class Operand(Protocol):
 
 @dataclass(frozen=True)
 class Draw:
-    """Keep each element independently with probability ``density``; the stream is named by ``key``."""
+    """Keep each element independently with probability ``density``; the stream is named by ``key``.
+
+    The density is one number in (0, 1], or an operand that holds each element's own, in [0, 1].
+    """
 
     key: tuple[int, int]
-    density: float
+    density: Any  # float | Operand
 
     @property
-    def threshold(self) -> int:
-        return threshold_of(self.density)
+    def threshold(self) -> int | None:
+        """The least word that is kept; None where each element has its own."""
+        return threshold_of(self.density) if isinstance(self.density, int | float) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +54,38 @@ class Mask:
     """A draw handed in: an operand of dtype U8 or BOOL, non-zero where the element is kept."""
 
     operand: Operand
+
+
+@dataclass(frozen=True, eq=False)
+class ByRow:
+    """An operand (F32) that is computed from whole rows of others: for outputs and Totals, not beside a Quota.
+
+    ``function(**arguments)`` sees a few whole rows at a time, as that of :class:`Rows` does, and returns as many
+    numbers. ``shape`` is the tensor's, or another of as many elements: its last axis is the row.
+    """
+
+    function: Callable[..., Any]
+    arguments: Mapping[str, Any]
+    shape: tuple[int, ...]
+    dtype: str = field(default="F32", init=False)
+
+    @property
+    def count(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def row(self) -> int:
+        """Elements per row."""
+        return row_length(self.shape)
+
+    @property
+    def call(self) -> Call:
+        return Call(self.function, self.arguments)
+
+
+def row_length(shape: tuple[int, ...]) -> int:
+    """Elements per row: the last axis is the row, a scalar is a row of one."""
+    return shape[-1] if shape else 1
 
 
 @dataclass(frozen=True)
@@ -62,14 +99,16 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Quota:
-    """A threshold that lets ``wanted`` of the elements with |call| equal to ``magnitude`` pass, lowest index first.
+    """A threshold that lets only some of the elements with |call| equal to ``magnitude`` pass.
 
-    To be compared with >=: it is ``magnitude`` up to the last of these, the next larger number from there on.
+    To be compared with >=: it is ``magnitude`` up to the ``first``-th of these, the next larger number from
+    there on; the other way round where the ``first`` ones are to be stopped.
     """
 
     call: Call
     magnitude: float
-    wanted: int
+    first: int
+    stopped: bool = False
 
 
 class Each(tuple[Operand, ...]):
@@ -78,7 +117,7 @@ class Each(tuple[Operand, ...]):
     __slots__ = ()
 
 
-Argument = Any  # Operand | Draw | Mask | float | Step | Quota, or a tuple of one of these
+Argument = Any  # Operand | ByRow | Draw | Mask | float | Step | Quota, or a tuple of these
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,10 +141,15 @@ class Call:
         """The distinct operands, in order of first use."""
         found: dict[int, Operand] = {}
         for item in self.items():
-            operand = item.operand if isinstance(item, Mask) else item
-            if not isinstance(operand, int | float | Draw | Step | Quota):
+            operand = item.operand if isinstance(item, Mask) else item.density if isinstance(item, Draw) else item
+            if not isinstance(operand, int | float | Step | Quota):
                 found.setdefault(id(operand), operand)
         return list(found.values())
+
+    @property
+    def row(self) -> int | None:
+        """Elements per row where some operand is made of whole rows."""
+        return next((operand.row for operand in self.operands() if isinstance(operand, ByRow)), None)
 
     @property
     def count(self) -> int:
@@ -129,12 +173,14 @@ class Rank:
 class Top:
     """The threshold at and above which exactly the ``keep`` largest |value| of ``call`` lie, 1 <= keep <= count.
 
-    Of equal magnitudes the lowest indices are kept. Result: the float, or a Quota where only some of the equal
-    ones are wanted: an argument of this tensor's formulas.
+    Of equal magnitudes the lowest indices are kept, or with ``last`` the highest, as an ascending stable sort has
+    it. Result: the float, or a Quota where only some of the equal ones are wanted: an argument of this tensor's
+    formulas.
     """
 
     call: Call
     keep: int
+    last: bool = False
 
     @property
     def calls(self) -> tuple[Call, ...]:

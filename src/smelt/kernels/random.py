@@ -35,6 +35,14 @@ def threshold_of(density: float) -> int:
     return min(round((1.0 - density) * 2.0**32), _LOW)
 
 
+def drawn(words: Any, density: Any) -> Any:
+    """Which draws are kept: with one ``density`` for all, or an array (numpy or torch, float32) of their own."""
+    if isinstance(density, int | float):
+        return words >= threshold_of(density)
+    wide = density.double() if hasattr(density, "double") else density.astype("float64")
+    return words >= (1.0 - wide) * 2.0**32
+
+
 def words(key: tuple[int, int], start: int, count: int, like: Any = None) -> Any:
     """The 32-bit draws of elements start .. start + count.
 

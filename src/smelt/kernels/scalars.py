@@ -186,6 +186,12 @@ def _key(key: Any, step: Any, rounds: Any) -> Any:
 
 
 @njit(**FAST)
+def drawn(word: Any, density: Any) -> Any:
+    """Whether a random word keeps an element of this density; exact, as ``random.drawn``."""
+    return np.float64(word) >= (1.0 - np.float64(density)) * 4294967296.0
+
+
+@njit(**FAST)
 def philox_block(key0: Any, key1: Any, block: Any, words: Any) -> None:
     """Fill ``words`` (1024 uint32) with block number ``block`` of the stream (key0, key1).
 

@@ -26,10 +26,11 @@ from ..errors import UsageError
 from ..kernels.program import Call, Copy, Rank, Whole, call
 from ..kernels.vocabulary import where
 from . import ties
+from .family import INFINITY, Selection, add_selected, added, elected, rescaled, selection
 from .fisher import normalised
 from .registry import EXCLUDE, LAMBDA, REQUIRED, Citation, Method, Parameter, Statistic, Steps, weight_parameter
 from .regmean import regression_mean
-from .task_arithmetic import INT8_MASK, mass
+from .task_arithmetic import INT8_MASK
 from .tensors import Model, Tensor, delta, identity
 
 # --- the element formulas: thresholds are 0 unless small magnitudes are dropped ---------------------------
@@ -46,13 +47,6 @@ def thinned(base: Any, model: Any, keep: Any, threshold: Any, factor: Any) -> An
 
 def thinned_weight(model: Any, keep: Any, threshold: Any, factor: Any) -> Any:
     return where(keep & (abs(model) >= threshold), factor * model, 0)
-
-
-def sum_thinned(base: Any, models: Any, kept: Any, thresholds: Any, factors: Any, scale: Any) -> Any:
-    total = 0
-    for model, keep, threshold, factor in zip(models, kept, thresholds, factors):  # noqa: B905
-        total += thinned_delta(base, model, keep, threshold, factor)
-    return base + scale * total
 
 
 def mean_thinned_weights(models: Any, kept: Any, thresholds: Any, factors: Any, scale: Any) -> Any:
@@ -136,7 +130,8 @@ def _merge_deltas(tensor: Tensor, chosen: dict[str, Any]) -> Call | Whole:
             "ratio": tensor["reduce_non_diagonal_ratio"],
         })  # fmt: skip
     scale = tensor["lambda"] if how == "task_arithmetic" else 1.0 / size
-    return call(sum_thinned, base=tensor.base, models=tensor.models, scale=scale, **chosen)
+    limits = (INFINITY,) * size
+    return call(add_selected, base=tensor.base, models=tensor.models, limits=limits, scale=scale, **chosen)
 
 
 def _merge_weights(tensor: Tensor, chosen: dict[str, Any]) -> Call:
@@ -197,40 +192,31 @@ def passes(parameters: dict[str, Any]) -> tuple[int, int]:
 def merge_linear(tensor: Tensor) -> Steps:
     if not tensor.models:
         return Copy(tensor.base)  # type: ignore[arg-type]
-    kept, bars = _kept(tensor)
-    factors = yield from _factors(tensor, kept, bars)
-    scale = tensor["lambda"] / (mass(tensor.each["weight"]) if tensor["normalize"] else 1.0)
-    return call(
-        sum_thinned,
-        base=tensor.base,
-        models=tensor.models,
-        kept=kept,
-        thresholds=bars,
-        factors=factors,
-        scale=scale,
-    )
+    chosen = _selected(tensor)
+    factors = yield from _factors(tensor, chosen)
+    return added(tensor, chosen, factors)
 
 
 def merge_ties(tensor: Tensor) -> Steps:
     if not tensor.models:
         return Copy(tensor.base)  # type: ignore[arg-type]
-    kept, bars = _kept(tensor)
-    factors = yield from _factors(tensor, kept, bars)
-    return ties.elected(tensor, kept, bars, factors)
+    chosen = _selected(tensor)
+    factors = yield from _factors(tensor, chosen)
+    return elected(tensor, chosen, factors)
 
 
-def _kept(tensor: Tensor) -> tuple[tuple[Any, ...], tuple[float, ...]]:
+def _selected(tensor: Tensor) -> Selection:
     """Draws, and thresholds that only say: a density of 0 keeps nothing."""
     densities = tensor.each["density"]
     kept = tensor.kept(tuple(density if density > 0 else 1.0 for density in densities))
-    return kept, tuple(0.0 if density > 0 else float("inf") for density in densities)
+    return selection(tensor, kept, tuple(0.0 if density > 0 else INFINITY for density in densities))
 
 
-def _factors(tensor: Tensor, kept: tuple[Any, ...], bars: tuple[float, ...]) -> Steps:
+def _factors(tensor: Tensor, chosen: Selection) -> Steps:
     """Weight times the rescaling of the survivors: 1 / density, or mergekit's match of the L1 norm."""
     weights, densities = tensor.each["weight"], tensor.each["density"]
     if tensor.variant == "mergekit":
-        return (yield from ties.rescaled(tensor, kept, bars))
+        return (yield from rescaled(tensor, chosen))
     if not tensor["rescale"]:
         return weights
     return tuple(w / density if density > 0 else w for w, density in zip(weights, densities, strict=True))

@@ -23,10 +23,10 @@ from ..errors import UsageError
 from ..kernels.program import Bits, Call, Output, call
 from ..kernels.vocabulary import where
 from . import ties
+from .election import elect_by_mass, trimmed
 from .parts import FOR_A_TASK, TASK, task_of
 from .registry import EXCLUDE, Citation, Method, Parameter, Steps
 from .tensors import Model, Tensor
-from .ties import elect_by_mass, trimmed
 
 # --- the element formulas -------------------------------------------------------------------------------
 # Shared arguments: those of TIES' formulas, and ``elect``: whether only values of the elected sign are added.

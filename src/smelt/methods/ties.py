@@ -16,33 +16,21 @@ kept values the L1 norm that the task vector had.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from math import sqrt
 from typing import Any
 
 import numpy as np
 
-from ..kernels.program import Call, Copy, Rank, Top, Totals, call
+from ..kernels.program import Call, Copy, Rank, Totals, call
 from ..kernels.vocabulary import sign, where
+from .election import elect_by_mass, ties_mean, ties_sum, trimmed
+from .family import INFINITY, elected, exact_share, rescaled, selection
 from .registry import EXCLUDE, LAMBDA, SCOPE, Citation, Method, Parameter, Statistic, Steps, weight_parameter
 from .task_arithmetic import INT8_MASK
 from .tensors import Model, Tensor, delta, kept_delta
 
-# --- the element formulas -------------------------------------------------------------------------------
-# Shared arguments: thresholds, centers (tau is kept where |tau - center| >= threshold), kept (draws),
-# factors (tau_i is multiplied by it), ``fallback`` (the sign where the vote is even).
-
-
-def trimmed(base: Any, model: Any, keep: Any, threshold: Any, center: Any) -> Any:
-    tau = model - base
-    return where(keep & (abs(tau - center) >= threshold), tau, 0)
-
-
-def elect_by_mass(base: Any, models: Any, kept: Any, thresholds: Any, centers: Any, factors: Any, fallback: Any) -> Any:
-    total = 0
-    for model, keep, threshold, center, factor in zip(models, kept, thresholds, centers, factors):  # noqa: B905
-        total += factor * trimmed(base, model, keep, threshold, center)
-    return where(total > 0, 1, where(total < 0, -1, fallback))
+# --- the element formulas beside ``election`` -------------------------------------------------------------
 
 
 def elect_by_norm_mass(
@@ -66,53 +54,6 @@ def elect_by_norm_fraction(
         elected = where(fraction > largest, sign(tau), elected)
         largest = where(fraction > largest, fraction, largest)
     return where(elected == 0, fallback, elected)
-
-
-def mean_of_agreeing(
-    base: Any,
-    models: Any,
-    kept: Any,
-    thresholds: Any,
-    centers: Any,
-    factors: Any,
-    weights: Any,
-    direction: Any,
-) -> Any:
-    total = 0
-    mass = 0
-    for model, keep, threshold, center, factor, weight in zip(  # noqa: B905
-        models, kept, thresholds, centers, factors, weights
-    ):
-        value = factor * trimmed(base, model, keep, threshold, center)
-        total += where(value * direction > 0, value, 0)
-        mass += where(value * direction > 0, weight, 0)
-    return total / where(mass == 0, 1, mass)
-
-
-def sum_of_agreeing(
-    base: Any, models: Any, kept: Any, thresholds: Any, centers: Any, factors: Any, direction: Any
-) -> Any:
-    total = 0
-    for model, keep, threshold, center, factor in zip(models, kept, thresholds, centers, factors):  # noqa: B905
-        value = factor * trimmed(base, model, keep, threshold, center)
-        total += where(value * direction > 0, value, 0)
-    return total
-
-
-def ties_mean(
-    base: Any, models: Any, kept: Any, thresholds: Any, centers: Any, factors: Any, weights: Any,
-    fallback: Any, scale: Any,
-) -> Any:  # fmt: skip
-    direction = elect_by_mass(base, models, kept, thresholds, centers, factors, fallback)
-    tau = mean_of_agreeing(base, models, kept, thresholds, centers, factors, weights, direction)
-    return base + scale * tau
-
-
-def ties_sum(
-    base: Any, models: Any, kept: Any, thresholds: Any, centers: Any, factors: Any, fallback: Any, scale: Any
-) -> Any:
-    direction = elect_by_mass(base, models, kept, thresholds, centers, factors, fallback)
-    return base + scale * sum_of_agreeing(base, models, kept, thresholds, centers, factors, direction)
 
 
 def ties_general(
@@ -195,12 +136,6 @@ def mass_above(base: Any, model: Any, bars: Any) -> Any:
         where(abs(tau) >= bars[5], square, 0),
         where(abs(tau) >= bars[6], square, 0),
     )
-
-
-def norm_before_and_after(base: Any, model: Any, keep: Any, threshold: Any) -> Any:
-    """|tau| and |kept tau|: their sums are the L1 norms that ``rescale`` matches."""
-    tau = abs(model - base)
-    return (tau, where(keep & (tau >= threshold), tau, 0))
 
 
 # --- statistics -----------------------------------------------------------------------------------------
@@ -361,11 +296,12 @@ def aggregate(tensor: Tensor, known: Any, kept: tuple[Any, ...], factors: tuple[
         "base": tensor.base, "models": tensor.models, "kept": kept, "thresholds": thresholds, "centers": centers,
         "fallback": majority, "scale": tensor["lambda"],
     }  # fmt: skip
+    limits = (INFINITY,) * len(tensor.models)
     rule, how = tensor["sign"], tensor["merge_func"]
     if rule == "mass" and how == "dis-mean":
-        return call(ties_mean, factors=factors, weights=tensor.each["weight"], **shared)
+        return call(ties_mean, limits=limits, factors=factors, weights=tensor.each["weight"], **shared)
     if rule == "mass" and how == "dis-sum":
-        return call(ties_sum, factors=factors, **shared)
+        return call(ties_sum, limits=limits, factors=factors, **shared)
     return call(ties_general, norms=norms, oracle=_oracle(tensor), **_flags(rule, how), **shared)
 
 
@@ -387,51 +323,9 @@ def _flags(rule: str, how: str) -> dict[str, bool]:
 
 def merge_like_mergekit(tensor: Tensor) -> Steps:
     thresholds = yield from exact_share(tensor)
-    return (yield from elect_and_merge(tensor, nothing_dropped(tensor), thresholds))
-
-
-def exact_share(tensor: Tensor) -> Steps:
-    """Thresholds that keep exactly max(1, int(density n)) elements: lowest index first among equals."""
-    count, densities = tensor.count, tensor.each["density"]
-    wanted = {i: max(1, int(d * count)) for i, d in enumerate(densities) if 0 < d < 1}
-    found = yield tuple(Top(call(delta, base=tensor.base, model=tensor.models[i]), keep) for i, keep in wanted.items())
-    bars = dict(zip(wanted, found, strict=True))
-    return tuple(bars.get(i, 0.0 if density >= 1 else float("inf")) for i, density in enumerate(densities))
-
-
-def elect_and_merge(tensor: Tensor, kept: tuple[Any, ...], thresholds: tuple[Any, ...]) -> Steps:
-    """mergekit's election and disjoint merge of what ``kept`` and ``thresholds`` select."""
-    factors = yield from rescaled(tensor, kept, thresholds)
-    return elected(tensor, kept, thresholds, factors)
-
-
-def elected(tensor: Tensor, kept: tuple[Any, ...], thresholds: tuple[Any, ...], factors: tuple[float, ...]) -> Call:
-    """Election by weighted values, an even vote counting as positive; mean with ``normalize``, else sum."""
-    weights = tensor.each["weight"]
-    shared = {
-        "base": tensor.base, "models": tensor.models, "kept": kept, "thresholds": thresholds,
-        "centers": (0.0,) * len(weights), "factors": factors, "fallback": 1.0, "scale": tensor["lambda"],
-    }  # fmt: skip
-    if tensor["normalize"]:
-        return call(ties_mean, weights=weights, **shared)
-    return call(ties_sum, **shared)
-
-
-def rescaled(
-    tensor: Tensor, kept: tuple[Any, ...], thresholds: tuple[Any, ...]
-) -> Generator[Any, list[Any], tuple[float, ...]]:
-    """The weights, with ``rescale`` times L1(task vector) / L1(kept part); no factor below 1e-7."""
-    weights = tensor.each["weight"]
-    if not tensor["rescale"]:
-        return tuple(weights)
-    norms = yield tuple(
-        Totals((call(norm_before_and_after, base=tensor.base, model=model, keep=keep, threshold=bar),))
-        for model, keep, bar in zip(tensor.models, kept, thresholds, strict=True)
-    )
-    return tuple(
-        weight * (before / after if min(before, after) >= 1e-7 else 1.0)
-        for weight, (before, after) in zip(weights, norms, strict=True)
-    )
+    chosen = selection(tensor, thresholds=thresholds)
+    factors = yield from rescaled(tensor, chosen)
+    return elected(tensor, chosen, factors)
 
 
 def passes(parameters: dict[str, Any]) -> tuple[int, int]:
@@ -449,14 +343,6 @@ CITATION = Citation(
 )  # fmt: skip
 
 _PAPER, _MERGEKIT = ("variant", ("paper",)), ("variant", ("mergekit",))
-
-#: What mergekit's TIES family takes beside ``density``.
-FAMILY = (
-    LAMBDA,
-    Parameter("normalize", "bool", True, "divide by the weights that agree", when=_MERGEKIT),
-    Parameter("rescale", "bool", False, "match the L1 norm of the task vector after trimming", when=_MERGEKIT),
-    INT8_MASK,
-)
 
 #: What only the paper's flavour takes.
 PAPER_ONLY = (
@@ -490,7 +376,11 @@ METHODS = (
             weight_parameter(defaults=(("paper", 1.0),)),
             Parameter("density", "float", 1.0, "share of each task vector that is kept", per_model=True,
                       low=0, high=1, defaults=(("paper", 0.2),)),
-            *FAMILY,
+            LAMBDA,
+            Parameter("normalize", "bool", True, "divide by the weights that agree", when=_MERGEKIT),
+            Parameter("rescale", "bool", False, "match the L1 norm of the task vector after trimming",
+                      when=_MERGEKIT),
+            INT8_MASK,
             *PAPER_ONLY,
         ),
         statistics=(Statistic("sign", when=("sign", ("oracle",)), single=True, signed=True),),

@@ -1,0 +1,55 @@
+"""Functions of whole matrices, or of some of their rows: their arguments as arrays of the computing precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..kernels import random
+from ..kernels.dtypes import DTYPES
+from ..kernels.generate import precision_of
+from ..kernels.program import ByRow, Call, Draw, Mask, Operand, row_length
+
+if TYPE_CHECKING:
+    from .tiles import Tile
+
+#: Gives the values of an operand in the shape that the function is to see.
+Reader = Callable[[Operand], npt.NDArray[Any]]
+
+
+def rows_called(call: Call, tile: Tile, length: int | None = None) -> npt.NDArray[Any]:
+    """What a function of rows returns for the rows of one tile; the last axis is the row unless ``length`` says."""
+    shape = (-1, length or row_length(call.operands()[0].shape))
+
+    def read(operand: Operand) -> npt.NDArray[Any]:
+        return DTYPES[operand.dtype].as_values(tile(operand)).reshape(shape)
+
+    return called(call, read, (tile.start, tile.count), shape)
+
+
+def called(call: Call, read: Reader, span: tuple[int, int], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """The function's result. ``span``: the first element that it is about, and how many."""
+    precision = np.dtype(precision_of(call))
+    with np.errstate(all="ignore"):
+        return np.asarray(call.formula(**_arguments(call.arguments, read, span, shape, precision)))
+
+
+def _arguments(
+    given: Mapping[str, Any], read: Reader, span: tuple[int, int], shape: tuple[int, ...], precision: np.dtype[Any]
+) -> dict[str, Any]:
+    """Operands as arrays, draws and masks as booleans, all else as it is. ``span``: first element, how many."""
+
+    def one(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(one(item) for item in value)
+        if isinstance(value, Draw):
+            density = value.density if value.threshold is not None else read(value.density).reshape(-1)
+            return random.drawn(random.words(value.key, *span), density).reshape(shape)
+        if isinstance(value, Mask):
+            return read(value.operand) != 0
+        return read(value).astype(precision) if isinstance(value, ByRow) or hasattr(value, "read") else value
+
+    return {name: one(value) for name, value in given.items()}
