@@ -28,8 +28,7 @@ HERE = Path(__file__).parent / "mergekit_cases"
 
 #: Methods and programs of mergekit that later versions bring.
 LATER_METHODS = {
-    "sce", "breadcrumbs", "breadcrumbs_ties", "della",
-    "della_linear", "nearswap", "arcee_fusion", "ram", "ramplus_tl",
+    "sce",
 }  # fmt: skip
 LATER_ENTRIES = {"mergekit-moe", "mergekit-extract-lora", "mergekit-tokensurgeon"}
 
@@ -125,13 +124,14 @@ def _with_recorded_masks(folder: Path) -> Arrays:
         {name.split("/", 2)[2]: draws[name] for name in draws if name.startswith(f"mask/{index}/")}
         for index in range(len(entries))
     ]
+    common = recipe.get("parameters", {})
     names = sorted({name for entry in entries for name in entry["parameters"]})
     return smelt.merge_tensors(
         recipe["merge_method"],
         [dict(smelt.load(entry["model"])) for entry in entries],
         dict(smelt.load(recipe["base_model"])),
-        parameters={**recipe.get("parameters", {}), "variant": "mergekit"},
-        per_model={name: [entry["parameters"][name] for entry in entries] for name in names},
+        parameters={**common, "variant": "mergekit"},
+        per_model={name: [{**common, **entry["parameters"]}[name] for entry in entries] for name in names},
         masks=masks,
     )
 

@@ -227,6 +227,22 @@ def test_draws_are_the_same_in_every_backend_and_for_every_split() -> None:
         assert (compiled(call(keep, x=tail, kept=Draw(key, 0.3)), "F32", start=cut) == whole[cut:]).all()
 
 
+def test_each_element_may_have_its_own_density() -> None:
+    torch = pytest.importorskip("torch")
+    count, key = 5000, random.key_of(7, "w", 1)
+    own = np.random.default_rng(0).random(count).astype(np.float32)
+    own[:2000] = np.repeat([0.0, 1.0], 1000)
+    words = random.words(key, 0, count)
+    kept = random.drawn(words, own)
+    assert (kept == (words >= (1 - own.astype(np.float64)) * 2.0**32)).all()
+    assert (random.drawn(random.words(key, 0, count, torch.empty(0)), torch.from_numpy(own)).numpy() == kept).all()
+    assert not kept[:1000].any()
+    assert kept[1000:2000].all()
+    for cut in (0, 1, 1025, 3000):
+        ones, density = operand(np.ones(count - cut), "F32"), Memory(own[cut:], "F32")
+        assert (compiled(call(keep, x=ones, kept=Draw(key, density)), "F32", start=cut) == kept[cut:]).all()
+
+
 def test_kept_share_and_independence() -> None:
     n = 1_000_000
     masks = [

@@ -100,18 +100,18 @@ def test_nan_ranks_above_all_numbers() -> None:
 
 
 @pytest.mark.parametrize("code", ["BF16", "F32", "F64"])
-@pytest.mark.parametrize("threads", [1, 3])
-def test_top_keeps_exactly_so_many_lowest_index_first(code: str, threads: int) -> None:
+@pytest.mark.parametrize(("threads", "last"), [(1, False), (3, False), (3, True)])
+def test_top_keeps_exactly_so_many_lowest_index_first_or_last(code: str, threads: int, last: bool) -> None:
     """Four tiles, and many equal magnitudes wherever the bar falls."""
     values = np.random.default_rng(5).integers(-3, 4, 2_000_000).astype(np.float64)
-    order = np.lexsort((np.arange(values.size), -np.abs(values)))
+    order = np.lexsort((np.arange(values.size) * (-1 if last else 1), -np.abs(values)))
     for keep in (1, 7, 300_000, 900_000, 1_999_999, 2_000_000):
-        kept = run(partial(top, keep=keep), operand(values, code), threads)
-        assert set(np.flatnonzero(kept)) == set(order[:keep])
+        kept = run(partial(top, keep=keep, last=last), operand(values, code), threads)
+        assert np.array_equal(np.flatnonzero(kept), np.sort(order[:keep]))
 
 
-def top(x: Any, keep: int) -> Steps:
-    (bar,) = yield (Top(call(identity, x=x), keep),)
+def top(x: Any, keep: int, last: bool) -> Steps:
+    (bar,) = yield (Top(call(identity, x=x), keep, last),)
     (count,) = yield (Totals((call(passing_one, x=x, bar=bar),)),)
     assert count == [keep]
     return call(passing, x=x, bar=bar)

@@ -14,7 +14,7 @@ from smelt.engine.execute import Steps
 from smelt.engine.operands import CheckpointOperand, Ledger
 from smelt.engine.tiles import TILE
 from smelt.kernels.broadcast import PerColumn, PerRow
-from smelt.kernels.program import Call, Output, Rows, Totals, Whole, call
+from smelt.kernels.program import ByRow, Call, Output, Rows, Totals, Whole, call
 from smelt.methods.tensors import identity
 
 from .running import run
@@ -74,6 +74,27 @@ def test_numbers_per_column(shape: tuple[int, ...]) -> None:
     assert np.array_equal(found, ran(method, values, threads=1)[0])
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("one_row", [False, True])
+def test_operands_made_of_rows(shape: tuple[int, ...], one_row: bool) -> None:
+    """One made of another, for a sum and for the output; every tile is still read whole."""
+    values = values_of(shape)
+
+    def method(x: Any) -> Steps:
+        middle = ByRow(centred, {"x": x}, (x.count,) if one_row else x.shape)
+        twice = ByRow(doubled, {"x": middle}, middle.shape)
+        ((total,),) = yield (Totals((call(one, x=twice),)),)
+        return call(shifted, x=x, m=twice, total=total)
+
+    length = values.size if one_row else rows(values).shape[1]
+    twice = 2 * centred(values.reshape(-1, length))
+    got, ledger = ran(method, values)
+    total = np.float32(twice.sum(dtype=np.float64))
+    assert np.allclose(got, (rows(values) - twice.reshape(-1, rows(values).shape[1]) + total).reshape(shape), rtol=1e-6)
+    assert np.array_equal(got, ran(method, values, threads=1)[0])
+    assert ledger.digests("model") == ran(lambda x: call(identity, x=x), values)[1].digests("model")
+
+
 def test_requests_of_both_kinds_in_one_step() -> None:
     values = values_of((900, 700))
 
@@ -87,6 +108,10 @@ def test_requests_of_both_kinds_in_one_step() -> None:
 
 def one(x: Any) -> Any:
     return (x,)
+
+
+def doubled(x: Any) -> Any:
+    return x + x
 
 
 def quotient(x: Any, m: Any) -> Any:

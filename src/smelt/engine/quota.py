@@ -19,7 +19,7 @@ from ..kernels.launch import run_equal, run_magnitudes
 from ..kernels.order import bits_of
 from ..kernels.program import Call, Operand, Quota, Step
 from ..kernels.random import BLOCK
-from .tiles import TILE, Tile
+from .tiles import TILE, RowTile, Tile
 
 _NONE = np.zeros(1, np.int64)
 
@@ -36,6 +36,8 @@ class Quotas:
         """``call`` with what each quota comes to in this tile."""
         if not any(isinstance(item, Quota) for item in call.items()):
             return call
+        if isinstance(tile, RowTile):
+            raise TypeError("a Quota counts tile by tile: it cannot stand beside what is computed by rows")
         return replace(call, arguments={name: self._value(value, tile) for name, value in call.arguments.items()})
 
     def _value(self, value: Any, tile: Tile) -> Any:

@@ -53,7 +53,7 @@ class Draw:
 class Mask:
     """A draw handed in: an operand of dtype U8 or BOOL, non-zero where the element is kept."""
 
-    operand: Operand
+    operand: Any  # Operand | ByRow
 
 
 @dataclass(frozen=True, eq=False)

@@ -61,12 +61,14 @@ class Tensor:
     def variant(self) -> str:
         return str(self.shared.get("variant", "paper"))
 
-    def kept(self, densities: tuple[float, ...]) -> tuple[Mask | Draw | bool, ...]:
-        """One random draw per model: keep with probability ``density``, or the mask handed in."""
+    def kept(self, densities: tuple[Any, ...]) -> tuple[Mask | Draw | bool, ...]:
+        """One random draw per model: keep with probability ``density`` (as of a Draw), or the mask handed in."""
         if self.masks is not None:
             return tuple(Mask(mask) for mask in self.masks)
         return tuple(
-            True if density >= 1 else Draw(key_of(self.seed, self.name, index), density)
+            True
+            if isinstance(density, int | float) and density >= 1
+            else Draw(key_of(self.seed, self.name, index), density)
             for index, density in enumerate(densities)
         )
 
