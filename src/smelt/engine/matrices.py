@@ -20,14 +20,30 @@ if TYPE_CHECKING:
 Reader = Callable[[Operand], npt.NDArray[Any]]
 
 
-def rows_called(call: Call, tile: Tile, length: int | None = None) -> npt.NDArray[Any]:
-    """What a function of rows returns for the rows of one tile; the last axis is the row unless ``length`` says."""
-    shape = (-1, length or row_length(call.operands()[0].shape))
+#: Elements for which an operand is computed at a time: few, so that the function's own arrays stay small.
+_STRIP = 1 << 16
+
+
+def rows_called(call: Call, tile: Tile) -> npt.NDArray[Any]:
+    """What a function of rows returns for the rows of one tile."""
+    return _rows(call, tile, row_length(call.operands()[0].shape), 0, tile.count)
+
+
+def compute(operand: ByRow, tile: Tile, out: npt.NDArray[Any]) -> None:
+    """Fill ``out`` with an operand's elements for the rows of one tile, a few rows at a time."""
+    step = max(1, _STRIP // operand.row) * operand.row
+    for first in range(0, tile.count, step):
+        count = min(step, tile.count - first)
+        out[first : first + count] = _rows(operand.call, tile, operand.row, first, count).reshape(-1)
+
+
+def _rows(call: Call, tile: Tile, length: int, first: int, count: int) -> npt.NDArray[Any]:
+    """The function's result for ``count`` elements of the tile from ``first`` on, in rows of ``length``."""
 
     def read(operand: Operand) -> npt.NDArray[Any]:
-        return DTYPES[operand.dtype].as_values(tile(operand)).reshape(shape)
+        return DTYPES[operand.dtype].as_values(tile(operand)[first : first + count]).reshape(-1, length)
 
-    return called(call, read, (tile.start, tile.count), shape)
+    return called(call, read, (tile.start + first, count), (-1, length))
 
 
 def called(call: Call, read: Reader, span: tuple[int, int], shape: tuple[int, ...]) -> npt.NDArray[Any]:

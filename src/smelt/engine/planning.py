@@ -127,8 +127,10 @@ class Plan:
         """Memory that one thread needs for one tile: the operands, the result, and as much again in counters."""
         operands = sum(source.input.checkpoint.tensors[source.name].nbytes for source in output.piece.sources)
         beside = sum(operand.count * DTYPES[operand.dtype].bits // 8 for operand in output.statistics)
-        tile = min(1.0, TILE / max(1, output.count))
-        return int(2 * tile * (operands + beside + output.nbytes)) + (4 << 20)
+        row, more = (1, 0) if output.tensor is None else self.method.holds(output.tensor)
+        held = min(output.count, TILE + row - 1)
+        tile = held / max(1, output.count)
+        return int(2 * tile * (operands + beside + output.nbytes)) + held * more + (4 << 20)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for ``--json``."""

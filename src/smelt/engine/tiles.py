@@ -16,7 +16,7 @@ import numpy.typing as npt
 from ..kernels.dtypes import DTYPES
 from ..kernels.launch import Arrays
 from ..kernels.program import ByRow, Operand
-from .matrices import rows_called
+from .matrices import compute
 
 #: Elements per tile: 1 MB of bfloat16. A multiple of the sum block (4096) and the random block (1024).
 TILE = 1 << 19
@@ -128,7 +128,7 @@ class RowTile(Tile):
 
     def _computed(self, operand: ByRow) -> npt.NDArray[Any]:
         array = self._pool.take(self.count, operand.dtype)
-        array[:] = rows_called(operand.call, self, operand.row).reshape(-1)
+        compute(operand, self, array)
         self._arrays[id(operand)] = array
         return array
 

@@ -14,13 +14,13 @@ whole; mergekit has density 1 keep everything, outliers too. Of equal magnitudes
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..kernels.program import ByRow, Call, Copy, Mask, Top, call
+from ..kernels.program import ByRow, Call, Copy, Mask, Top, call, row_length
 from .family import INFINITY, Selection, added, elected, rescaled, selection
 from .ranks import ranks
 from .registry import EXCLUDE, Citation, Method, Parameter, Steps, weight_parameter
@@ -49,7 +49,7 @@ def _merged(tensor: Tensor, combine: Callable[[Tensor, Selection, tuple[Any, ...
 def _selected(tensor: Tensor) -> Steps:
     if tensor.variant == "paper" and not tensor.shape:
         return selection(tensor)
-    if tensor.variant == "paper" and tensor["scope"] == "row":
+    if _by_row(tensor.shared):
         return selection(tensor, tuple(_mask(tensor, index) for index in range(len(tensor.models))))
     return (yield from _within(tensor, [_band(tensor, index, tensor.count) for index in range(len(tensor.models))]))
 
@@ -87,8 +87,15 @@ def _within(tensor: Tensor, bands: list[tuple[int, int]]) -> Steps:
 
 
 def passes(parameters: dict[str, Any]) -> tuple[int, int]:
-    by_row = parameters.get("variant") != "mergekit" and parameters["scope"] == "row"
-    return 0, int(not by_row) + int(parameters["rescale"])
+    return 0, int(not _by_row(parameters)) + int(parameters["rescale"])
+
+
+def holds(tensor: Tensor) -> tuple[int, int]:
+    return (row_length(tensor.shape), 4 * len(tensor.models)) if _by_row(tensor.shared) else (1, 0)
+
+
+def _by_row(parameters: Mapping[str, Any]) -> bool:
+    return bool(parameters["variant"] == "paper" and parameters["scope"] == "row")
 
 
 CITATION = Citation(
@@ -122,6 +129,7 @@ METHODS = (
         citation=CITATION,
         merge=merge,
         passes=passes,
+        holds=holds,
         min_models=0,
         parameters=(*_PARAMETERS, Parameter("normalize", "bool", False, "divide by the sum of the weights")),
         variants=("paper", "mergekit"),
@@ -134,6 +142,7 @@ METHODS = (
         citation=CITATION,
         merge=merge_ties,
         passes=passes,
+        holds=holds,
         min_models=0,
         parameters=(*_PARAMETERS, Parameter("normalize", "bool", False, "divide by the weights that agree")),
         variants=("paper", "mergekit"),

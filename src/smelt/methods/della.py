@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UsageError, show
-from ..kernels.program import ByRow, Call, Copy
+from ..kernels.program import ByRow, Call, Copy, row_length
 from .family import Selection, added, elected, rescaled, selection
 from .ranks import ranks
 from .registry import EXCLUDE, LAMBDA, Citation, Method, Parameter, Steps, weight_parameter
@@ -114,9 +114,22 @@ def _probability(tensor: Tensor, index: int) -> ByRow | float:
     given["epsilon"] = tensor.each["epsilon"][index]
     if rule == "magnitude":
         return ByRow(by_magnitude, given, shape)
-    if tensor.variant == "mergekit" and len(shape) > 2:
-        return ByRow(by_rank, {**given, "stride": prod(shape[2:])}, (shape[0], prod(shape[1:])))
-    return ByRow(by_rank, {**given, "stride": 1}, shape if rule == "rank" else (tensor.count,))
+    own_axis = tensor.variant == "mergekit" and len(shape) > 2
+    return ByRow(by_rank, {**given, "stride": prod(shape[2:]) if own_axis else 1}, _ranked(tensor))
+
+
+def _ranked(tensor: Tensor) -> tuple[int, ...]:
+    """The shape whose last axis holds what is ranked together."""
+    if tensor["sampling"] == "tensor_rank":
+        return (tensor.count,)
+    if tensor.variant == "mergekit" and len(tensor.shape) > 2:
+        return (tensor.shape[0], prod(tensor.shape[1:]))
+    return tensor.shape
+
+
+def holds(tensor: Tensor) -> tuple[int, int]:
+    """A probability and a factor for each element of each model; sorting a whole tensor takes a copy or two."""
+    return row_length(_ranked(tensor)), 8 * len(tensor.models) + (48 if tensor["sampling"] == "tensor_rank" else 0)
 
 
 def _factors(tensor: Tensor, probabilities: tuple[ByRow | float, ...]) -> tuple[Any, ...]:
@@ -165,6 +178,7 @@ METHODS = (
         citation=CITATION,
         merge=merge,
         passes=passes,
+        holds=holds,
         random=True,
         min_models=0,
         parameters=(*_PARAMETERS, Parameter("normalize", "bool", True, "divide by the weights that agree")),
@@ -178,6 +192,7 @@ METHODS = (
         citation=CITATION,
         merge=merge_linear,
         passes=passes,
+        holds=holds,
         random=True,
         min_models=0,
         parameters=(

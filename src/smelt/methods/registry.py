@@ -138,7 +138,8 @@ class Method:
     ``parts`` gives, for methods whose result is more than one model, the outputs that it is made of by name.
     ``needs_layers``: it means nothing where no tensor is known to belong to a layer.
     ``passes`` tells, from the parameters, how often all inputs are read for the survey and how often each
-    tensor is gone through for statistics.
+    tensor is gone through for statistics. ``holds`` tells what a tensor takes in memory beside its operands and
+    its result: the length of the rows that are held whole, and bytes per element of these.
     """
 
     name: str
@@ -155,6 +156,7 @@ class Method:
     passes: Callable[[dict[str, Any]], tuple[int, int]] = lambda parameters: (0, 0)
     parts: Callable[[Tensor], dict[str, Output]] | None = None
     needs_layers: bool = False
+    holds: Callable[[Tensor], tuple[int, int]] = lambda tensor: (1, 0)
     random: bool = False
     statistics: tuple[Statistic, ...] = ()
     variants: tuple[str, ...] = ("paper",)
