@@ -14,6 +14,7 @@ from smelt.errors import UsageError
 from smelt.kernels import random
 from smelt.methods.ranks import ranks
 
+from .recipes import Family, recipe
 from .tensors import BASE, X, Y, bits
 
 Array = npt.NDArray[Any]
@@ -160,6 +161,14 @@ def test_one_model_may_be_whole_beside_a_thinned_one() -> None:
         per_model={"density": [1.0, 0.5]}, seed=4,
     )["w"]  # fmt: skip
     assert np.allclose(both - second, x, atol=1e-5)
+
+
+def test_sorting_whole_tensors_is_planned_for(family: Family) -> None:
+    needed = [
+        smelt.plan(recipe("della", family.models[:2], family.base, parameters={"sampling": rule})).peak_memory
+        for rule in ("rank", "tensor_rank")
+    ]
+    assert needed[0] < needed[1]
 
 
 @pytest.mark.parametrize(

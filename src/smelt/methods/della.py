@@ -114,15 +114,19 @@ def _probability(tensor: Tensor, index: int) -> ByRow | float:
     given["epsilon"] = tensor.each["epsilon"][index]
     if rule == "magnitude":
         return ByRow(by_magnitude, given, shape)
-    own_axis = tensor.variant == "mergekit" and len(shape) > 2
-    return ByRow(by_rank, {**given, "stride": prod(shape[2:]) if own_axis else 1}, _ranked(tensor))
+    return ByRow(by_rank, {**given, "stride": prod(shape[2:]) if _along_axis_one(tensor) else 1}, _ranked(tensor))
+
+
+def _along_axis_one(tensor: Tensor) -> bool:
+    """mergekit's row of a tensor of more than two axes."""
+    return tensor.variant == "mergekit" and len(tensor.shape) > 2
 
 
 def _ranked(tensor: Tensor) -> tuple[int, ...]:
     """The shape whose last axis holds what is ranked together."""
     if tensor["sampling"] == "tensor_rank":
         return (tensor.count,)
-    if tensor.variant == "mergekit" and len(tensor.shape) > 2:
+    if _along_axis_one(tensor):
         return (tensor.shape[0], prod(tensor.shape[1:]))
     return tensor.shape
 
