@@ -161,7 +161,7 @@ WITH_LAMBDA = [
 @pytest.mark.parametrize("name", WITH_LAMBDA)
 def test_lambda_zero_is_the_base_bit_for_bit(name: str) -> None:
     method = smelt.methods.get(name)
-    parameters = {**required(method, "paper"), "lambda": 0.0}
+    parameters = {**required(method, method.variants[0]), "lambda": 0.0}
     given = statistics_for(method, parameters, [X, Y])
     out = smelt.merge_tensors(name, [X, Y], BASE, parameters=parameters, statistics=given)
     assert bits(out) == bits(dict(sorted(BASE.items())))

@@ -27,7 +27,10 @@ class Mismatch(Exception):
 
 
 class Inputs:
-    """The tensors of a case by what they are; ``case`` is case.json, for what a case says beside its parameters."""
+    """The tensors of a case by what they are.
+
+    ``case`` is case.json, for what a case says beside its parameters; ``expected`` the names of what it expects.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -37,6 +40,7 @@ class Inputs:
         self._numbered: dict[str, dict[int, Any]] = {
             "model": defaultdict(dict), "mask": defaultdict(dict), "stats": defaultdict(lambda: defaultdict(dict)),
         }  # fmt: skip
+        self.expected = tuple(smelt.load(folder / "expected.safetensors"))
         tensors = smelt.load(folder / "inputs.safetensors")
         for name in tensors:
             self._sort(name, tensors[name])

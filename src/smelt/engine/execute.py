@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import queue
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ from ..kernels.program import Bits, Call, Copy, Number, Operand, Output, Request
 from .device import Mapper
 from .progress import Progress, Silent
 from .quota import Quotas
-from .reduce import Partials, Reducer, reducer_for
+from .reduce import Reducer, reducer_for
 from .tiles import TILE, BufferPool, Tile, rows_of, tiles_of
 from .whole import run_rows, run_whole
 
@@ -247,8 +247,9 @@ class Executor:
         lives = [self._survey_group(pairs) for pairs in groups.values()]
         while any(live.pending for live in lives):
             self._collect()
+        found = _partials(lives, groups.values())
         for reducer in active:
-            reducer.absorb(_partials_of(reducer, lives, list(groups.values())))
+            reducer.absorb(found[id(reducer)])
 
     def _survey_group(self, pairs: list[tuple[Reducer, Call]]) -> _Live:
         reducer, call = pairs[0]
@@ -268,13 +269,13 @@ def _pass_over(pairs: Sequence[tuple[Reducer, Call]], quotas: Quotas) -> Task:
     return lambda tile: [reducer.tile(quotas.resolved(call, tile), tile) for reducer, call in pairs]
 
 
-def _partials_of(reducer: Reducer, lives: list[_Live], groups: list[list[tuple[Reducer, Call]]]) -> Partials:
-    """Everything one reducer got in a pass, tensor by tensor and tile by tile."""
-    found = []
+def _partials(lives: Iterable[_Live], groups: Iterable[list[tuple[Reducer, Call]]]) -> dict[int, list[tuple[int, Any]]]:
+    """Everything each reducer (by its id) got in a pass, tensor by tensor and tile by tile."""
+    found: dict[int, list[tuple[int, Any]]] = defaultdict(list)
     for live, pairs in zip(lives, groups, strict=True):
+        ordered = sorted(live.partials.items())
         for position, (owner, _) in enumerate(pairs):
-            if owner is reducer:
-                found += [(index, parts[position]) for index, parts in sorted(live.partials.items())]
+            found[id(owner)] += [(index, parts[position]) for index, parts in ordered]
     return found
 
 

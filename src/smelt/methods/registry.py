@@ -139,7 +139,9 @@ class Method:
     ``needs_layers``: it means nothing where no tensor is known to belong to a layer.
     ``passes`` tells, from the parameters, how often all inputs are read for the survey and how often each
     tensor is gone through for statistics. ``holds`` tells what a tensor takes in memory beside its operands and
-    its result: the length of the rows that are held whole, and bytes per element of these.
+    its result: the length of the rows that are held whole, and bytes per element of these. ``keeps_excluded``
+    tells whose tensor stands where one is excluded: the base's, the model's where there is only one, or the first
+    model's.
     """
 
     name: str
@@ -160,7 +162,7 @@ class Method:
     random: bool = False
     statistics: tuple[Statistic, ...] = ()
     variants: tuple[str, ...] = ("paper",)
-    keeps_excluded: Literal["base", "model"] = "base"
+    keeps_excluded: Literal["base", "model", "first"] = "base"
 
     def check_layers(self, tensors: Iterable[Tensor]) -> None:
         """UsageError where layers are needed and no tensor has one."""
@@ -172,7 +174,9 @@ class Method:
 
     def keeper(self, models: int, task: int | None) -> int | None:
         """Which model an excluded tensor is taken from; None: the base."""
-        return task if task is not None else 0 if self.keeps_excluded == "model" and models == 1 else None
+        if task is not None:
+            return task
+        return 0 if self.keeps_excluded == "first" or (self.keeps_excluded == "model" and models == 1) else None
 
     def parameter(self, name: str) -> Parameter | None:
         return next((parameter for parameter in self.parameters if parameter.name == name), None)
