@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,13 @@ def versions() -> dict[str, str]:
 def manifest(
     *, recipe: str, method: str, variant: str, seed: int, inputs: list[dict[str, Any]],
     statistics: list[dict[str, Any]], tensors: Mapping[str, Mapping[str, Any]], files: Mapping[str, str],
-    notices: list[str],
+    notices: list[str], measured: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:  # fmt: skip
-    """The manifest as plain data. ``tensors``: name -> dtype, shape, file, sha256; ``files``: name -> sha256."""
+    """The manifest as plain data.
+
+    ``tensors``: name -> dtype, shape, file, sha256; ``files``: name -> sha256; ``measured``: per model, the
+    parameters that the recipe left to files.
+    """
     return {
         "format": FORMAT,
         "versions": versions(),
@@ -46,6 +50,7 @@ def manifest(
         "seed": seed,
         "inputs": inputs,
         "statistics": statistics,
+        "measured": list(measured),
         "input_digest": "xxh3-128 over tiles of 524288 elements, per tensor, then over 'name digest' lines",
         "notices": notices,
         "files": dict(sorted(files.items())),

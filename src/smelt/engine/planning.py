@@ -71,7 +71,8 @@ class Output:
 class Plan:
     """The exact work. ``stages`` are the plans of the recipes whose results this one takes, which the figures
     do not count, but for ``disk_needed``. ``paths`` are local ones that the recipe's text names beside those
-    of the inputs. ``close()`` releases the inputs.
+    of the inputs. ``measured`` are per-model parameters that came from files: (model, values). ``close()``
+    releases the inputs.
     """
 
     recipe: Recipe
@@ -85,6 +86,7 @@ class Plan:
     notices: list[str] = field(default_factory=list)
     stages: tuple[Plan, ...] = ()
     paths: tuple[str, ...] = ()
+    measured: tuple[tuple[str, dict[str, float]], ...] = ()
 
     @property
     def passes(self) -> tuple[int, int]:
@@ -259,7 +261,10 @@ def _planned(recipe: Recipe, method: Method, options: Options, inputs: Inputs) -
     if recipe.in_parts:
         pairs = zip(outputs, chart.pieces, strict=True)
         outputs = [part for output, piece in pairs for part in _parts(method, output, piece)]
-    made = Plan(recipe, method, resolver.variant, seed, options, inputs, chart, tuple(outputs), notices)
+    made = Plan(
+        recipe, method, resolver.variant, seed, options, inputs, chart, tuple(outputs), notices,
+        measured=resolver.measured(),
+    )  # fmt: skip
     UsageError.gather(_memory_problems(made))
     return made
 

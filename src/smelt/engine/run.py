@@ -227,6 +227,7 @@ def _write_side_files(plan: Plan, folder: Path, title: str, tensors: dict[str, A
         recipe=_public(plan, plan.recipe.text), method=plan.method.name, variant=plan.variant, seed=plan.seed,
         inputs=[identity(item, plan.inputs.ledger) for item in plan.inputs],
         statistics=[identity(item, plan.inputs.ledger) for item in plan.inputs.beside.values()],
+        measured=[_measured(plan, *found) for found in plan.measured],
         tensors=tensors, files=sums_of(folder, files), notices=notices,
     )  # fmt: skip
     storage.write_small(folder / NAME, dump(content))
@@ -255,6 +256,11 @@ def _card(plan: Plan, title: str, notices: Sequence[str]) -> str:
         recipe=_public(plan, plan.recipe.text),
         notices=notices,
     )
+
+
+def _measured(plan: Plan, label: str, values: dict[str, float]) -> dict[str, Any]:
+    item = next(item for item in plan.inputs if item.label == label)
+    return {"model": public_name(label, item.is_local), **values}
 
 
 def _public(plan: Plan, text: str) -> str:

@@ -116,6 +116,7 @@ class Resolver:
         self._method = method
         self.variant = variant_of(recipe, method)
         self._missing: dict[str, None] = {}
+        self._measured: dict[tuple[Any, ...], dict[str, float]] = {}
 
     def shared(self, piece: Piece) -> dict[str, Any]:
         """Values of the shared parameters for one output tensor."""
@@ -152,6 +153,8 @@ class Resolver:
             )
         name = source.name if source is not None else piece.name
         value = resolve_parameter(parameter.name, asked, tensor_name=name, t=piece.t)
+        if value is None and source is not None:
+            value = self._measure(piece, source).get(parameter.name)
         if value is None:
             value = parameter.default_for(self.variant)
         if value is REQUIRED:
@@ -159,6 +162,20 @@ class Resolver:
             self._missing[f"{self._method.name}: {parameter.name} is required{owner} (tensor {piece.name})"] = None
             return 1.0
         return None if value is None else convert(value, parameter.kind)
+
+    def _measure(self, piece: Piece, source: Source) -> dict[str, float]:
+        """What the method finds in files beside a model, read once for each choice of the shared parameters."""
+        if self._method.measure is None:
+            return {}
+        shared, item = self.shared(piece), source.input
+        key = (item.label, *shared.items())
+        if key not in self._measured:
+            self._measured[key] = self._method.measure(shared, item.label, item.checkpoint.folder)
+        return self._measured[key]
+
+    def measured(self) -> tuple[tuple[str, dict[str, float]], ...]:
+        """(model, values) for all that was found in files."""
+        return tuple((key[0], values) for key, values in self._measured.items() if values)
 
     def raise_missing(self) -> None:
         """UsageError naming the parameters that had no value, one tensor each as an example."""

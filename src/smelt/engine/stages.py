@@ -69,9 +69,11 @@ def plan_stages(stages: Sequence[Stage], options: Options, models: Places) -> Pl
 
 
 def local_paths(stages: Sequence[Stage]) -> tuple[str, ...]:
-    """The models of all stages that are paths on this machine: no output may tell where they are."""
+    """What the recipes of all stages name that is a path on this machine: no output may tell where it is."""
     recipes = [stage.recipe for stage in stages]
     named = {each.path for recipe in recipes for each in (*recipe.references(), *recipe.statistics())}
+    values = (entry.value for recipe in recipes for placed in recipe.all_settings() for entry in placed.setting.values())
+    named |= {value for value in values if isinstance(value, str) and "/" in value}
     return tuple(sorted(path for path in named if storage.exists(Path(path).expanduser())))
 
 

@@ -9,8 +9,9 @@ With n models, tau_i = theta_i - theta_0, and order statistics over the whole mo
 3. scale_i: beta_i rescaled so that its 1 - ``ratio`` quantile, and all below, give 0 and its maximum 1.
 4. theta = theta_0 + sum_i lambda_i v_i scale_i / sum_i scale_i; theta_0 where no model has a score.
 
-The authors' code has four forms of the agreement, none literally the paper's: ``es`` sum_j tanh(u_i u_j), which does not depend on the size of the task vectors; ``released`` and ``nlp``
-tanh(tau_i sum_j tau_j), which differ in ``clip``; ``vision`` tanh(tau_i sum_j u_j).
+The authors' code has four forms of the agreement, none literally the paper's: ``es`` sum_j tanh(u_i u_j), which
+does not depend on the size of the task vectors; ``released`` and ``nlp`` tanh(tau_i sum_j tau_j), which differ in
+``clip``; ``vision`` tanh(tau_i sum_j u_j).
 
 Edge cases: a model all of whose changes are of one size (or none) has no scores; where every score above the
 quantile is the same, these count as 1.

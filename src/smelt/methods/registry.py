@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import UsageError, show
@@ -141,7 +142,8 @@ class Method:
     tensor is gone through for statistics. ``holds`` tells what a tensor takes in memory beside its operands and
     its result: the length of the rows that are held whole, and bytes per element of these. ``keeps_excluded``
     tells whose tensor stands where one is excluded: the base's, the model's where there is only one, or the first
-    model's.
+    model's. ``measure`` finds what a recipe leaves to files: from the shared parameters, a model's name in the
+    recipe and its folder, values of per-model parameters.
     """
 
     name: str
@@ -163,6 +165,7 @@ class Method:
     statistics: tuple[Statistic, ...] = ()
     variants: tuple[str, ...] = ("paper",)
     keeps_excluded: Literal["base", "model", "first"] = "base"
+    measure: Callable[[Mapping[str, Any], str, Path | None], dict[str, float]] | None = None
 
     def check_layers(self, tensors: Iterable[Tensor]) -> None:
         """UsageError where layers are needed and no tensor has one."""
