@@ -29,7 +29,7 @@ import numpy as np
 from ..errors import UsageError
 from ..kernels.functions import exp_of_negative, tanh, tanh_of_small
 from ..kernels.program import Call, Rank, call
-from ..kernels.vocabulary import maximum, minimum, sign, where
+from ..kernels.vocabulary import maximum, sign, where
 from .registry import EXCLUDE, SCOPE, Citation, Method, Parameter, Steps
 from .tensors import Model, Tensor, delta
 
@@ -39,12 +39,22 @@ from .tensors import Model, Tensor, delta
 
 
 def clipped(tau: Any, low: Any, high: Any) -> Any:
-    return minimum(maximum(abs(tau), low), high)
+    size = where(abs(tau) < low, low, abs(tau))
+    return where(size > high, high, size)
 
 
 def strength(tau: Any, low: Any, high: Any) -> Any:
     """u: the clipped magnitude from 0 to 1, with the sign of tau."""
-    return sign(tau) * ((clipped(tau, low, high) - low) / where(high > low, high - low, 1))
+    size = (clipped(tau, low, high) - low) / where(high > low, high - low, 1)
+    return where(tau < 0, -size, size)
+
+
+def crowd(base: Any, models: Any, lows: Any, highs: Any, relative: bool) -> Any:
+    """The sum of all models' tau, or u."""
+    total = 0
+    for model, low, high in zip(models, lows, highs):  # noqa: B905
+        total += strength(model - base, low, high) if relative else model - base
+    return total
 
 
 def score(
@@ -55,13 +65,11 @@ def score(
     tau = model - base
     own = strength(tau, low, high)
     agreement = 0
-    for other, least, most in zip(models, lows, highs):  # noqa: B905
-        theirs = other - base
-        if pairwise or relative:
-            theirs = strength(theirs, least, most)
-        agreement += tanh_of_small(own * theirs) if pairwise else theirs
-    if not pairwise:
-        agreement = tanh(tau * agreement)
+    if pairwise:
+        for other, least, most in zip(models, lows, highs):  # noqa: B905
+            agreement += tanh_of_small(own * strength(other - base, least, most))
+    else:
+        agreement = tanh(tau * crowd(base, models, lows, highs, relative))
     return exp_of_negative(n * own * own - n) * agreement
 
 
