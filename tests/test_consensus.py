@@ -9,14 +9,18 @@ import numpy as np
 import pytest
 
 import smelt
+from smelt.architecture import Structure
 from smelt.errors import UsageError
 from smelt.kernels.arrays import apply
 from smelt.kernels.functions import exp_of_negative, tanh, tanh_of_small
+from smelt.methods import Tensor
 from smelt.methods.varm import unit_of
 from tests.recipes import Family, recipe
+from tests.small_models import CONFIG, shapes
 from tests.tensors import BASE, X, Y, Z, assert_close, bits
 
 merge_tensors = smelt.merge_tensors
+UNITS = ("module", "layer", "model")
 
 
 def vector(*values: float) -> dict[str, Any]:
@@ -95,27 +99,37 @@ def test_only_mergekits_sce_depends_on_the_size_of_the_changes() -> None:
 # --- VaRM -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("granularity", ["element", "matrix", "module", "layer", "model"])
+def layered(arrays: Any) -> dict[str, Any]:
+    """Two layers of the same tensors."""
+    return {f"layers.{i}.mlp.{name}.weight": array for i in (0, 1) for name, array in arrays.items()}
+
+
+@pytest.mark.parametrize("granularity", ["element", "matrix", *UNITS])
 class TestVarm:
     def test_only_the_proportion_of_changes_counts(self, granularity: str) -> None:
-        """Scaling all task vectors by a power of two scales the merged one; equal sizes give the mean."""
-        base = {name: np.zeros_like(array) for name, array in BASE.items()}
-        parameters = {"granularity": granularity}
-        out = merge_tensors("varm", [X, Y], base, parameters=parameters)
-        eighth = [{name: array / np.float32(8) for name, array in arrays.items()} for arrays in (X, Y)]
-        small = merge_tensors("varm", eighth, base, parameters=parameters)
+        """Scaling all task vectors by a power of two scales the merged one."""
+        models = [layered(X), layered(Y)]
+        base = {name: np.zeros_like(array) for name, array in models[0].items()}
+        eighth = [{name: array / np.float32(8) for name, array in model.items()} for model in models]
+        out, small = (
+            merge_tensors("varm", given, base, parameters={"granularity": granularity}) for given in (models, eighth)
+        )
         assert bits({name: array * np.float32(8) for name, array in small.items()}) == bits(out)
 
     def test_two_that_moved_equally_far_are_averaged(self, granularity: str) -> None:
-        step = {name: np.float32(0.25) * np.sign(array) for name, array in BASE.items()}
-        models = [{n: np.asarray(BASE[n] + sign * step[n]) for n in BASE} for sign in (1, -1)]
-        assert_close(merge_tensors("varm", models, BASE, parameters={"granularity": granularity}), BASE)
+        base = layered(BASE)
+        models = [{n: np.asarray(a + np.float32(s) * np.sign(a)) for n, a in base.items()} for s in (0.25, -0.25)]
+        assert_close(merge_tensors("varm", models, base, parameters={"granularity": granularity}), base)
 
     def test_an_unchanged_model_has_no_say(self, granularity: str) -> None:
-        changed = {f"model.layers.0.{name}.weight": array for name, array in X.items()}
-        base = {f"model.layers.0.{name}.weight": array for name, array in BASE.items()}
+        changed, base = layered(X), layered(BASE)
         out = merge_tensors("varm", [changed, base], base, parameters={"granularity": granularity})
         assert_close(out, changed, ulps=1)
+
+
+def test_layers_must_be_known() -> None:
+    with pytest.raises(UsageError, match="granularity: layer: no tensor is known to belong to a layer"):
+        merge_tensors("varm", [X, Y], BASE, parameters={"granularity": "layer"})
 
 
 def test_the_reference_averages_evenly_where_one_model_is_unchanged() -> None:
@@ -136,8 +150,13 @@ def test_varm_sums_means_over_a_module_and_a_layer() -> None:
     sizes = {0: dict(zip(names, (2, 1, 1, 1), strict=True)), 1: dict(zip(names, (1, 1, 3, 2), strict=True))}
     models = [{n: base[n] + np.float32(sizes[i][n]) for n in names} for i in sizes]
     module, layer = (
-        {n: float(a.flat[0]) for n, a in merge_tensors("varm", models, base, parameters={"granularity": g}).items()}
-        for g in ("module", "layer")
+        {
+            name: float(array.flat[0])
+            for name, array in merge_tensors(
+                "varm", models, base, parameters={"granularity": granularity}, config={"num_hidden_layers": 1}
+            ).items()
+        }
+        for granularity in ("module", "layer")
     )
     mlp = (4 + 1) / (4 + 1 + 1 + 1)
     block = (4 + 1 + 1) / (4 + 1 + 1 + 1 + 1 + 9)
@@ -148,16 +167,17 @@ def test_varm_sums_means_over_a_module_and_a_layer() -> None:
 @pytest.mark.parametrize(
     ("name", "module", "layer"),
     [
-        ("model.layers.3.mlp.up_proj.weight", "model.layers.3.mlp", "model.layers.3"),
-        ("model.layers.3.input_layernorm.weight", "model.layers.3.input_layernorm", "model.layers.3"),
-        ("h.0.attn.c_attn.bias", "h.0.attn", "h.0"),
+        ("model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp", "model.layers.1"),
+        ("model.layers.1.input_layernorm.weight", "model.layers.1.input_layernorm", "model.layers.1"),
         ("model.norm.weight", "model.norm", None),
-        ("blocks.0.weight", "blocks.0", "blocks.0"),
+        ("lm_head.weight", "lm_head", None),
         ("weight", "", None),
     ],
 )
-def test_units_follow_from_names(name: str, module: str, layer: str | None) -> None:
-    assert (unit_of(name, "module"), unit_of(name, "layer")) == (module, layer)
+def test_units_follow_from_roles(name: str, module: str, layer: str | None) -> None:
+    structure = Structure.of(shapes(), CONFIG)
+    found = [unit_of(Tensor(name, None, (), {"granularity": g}, {}, role=structure.get(name))) for g in UNITS]
+    assert found == [module, layer, ""]
 
 
 def test_varm_keeps_the_first_models_tensor_where_one_is_excluded(family: Family, tmp_path: Path) -> None:

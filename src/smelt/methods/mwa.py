@@ -100,14 +100,13 @@ def read_metric(shared: Mapping[str, Any], label: str, folder: Path | None) -> d
 
 
 def _key(shared: Mapping[str, Any]) -> str:
-    usual = {"loss": "loss", "steps": "global_step", "score": ""}
-    key = str(shared["key"] or usual[shared["metric"]])
-    if not key:
+    key: str | None = shared["key"] or {"loss": "loss", "steps": "global_step"}.get(shared["metric"])
+    if key is None:
         raise UsageError("mwa: metric: score needs key, the name under which the score was logged")
     return key
 
 
-def _from_file(path: Path, label: str, given: str, key: str) -> float:
+def _from_file(path: Path, label: str, given: str | None, key: str) -> float:
     content, where = read_json(path), storage.shown(path)
     name = next((name for name in (label, PurePath(label).name) if name in content), None)
     if name is None:
@@ -168,9 +167,9 @@ METHODS = (
             Parameter("penalty", "float", 1.0, "0 gives even weights (power, softmax), more prefers the best", low=0),
             Parameter("metrics", "str", "recipe", "where the numbers stand; files are for recipes only",
                       choices=("recipe", "trainer_state", "file")),
-            Parameter("metrics_file", "str", "", "a JSON file: model -> number, or model -> {key: number}",
+            Parameter("metrics_file", "str", None, "a JSON file: model -> number, or model -> {key: number}",
                       when=("metrics", ("file",))),
-            Parameter("key", "str", "", "the number's name there, such as eval_loss; without it loss or global_step",
+            Parameter("key", "str", None, "the number's name there, such as eval_loss; without it loss or global_step",
                       when=("metrics", ("trainer_state", "file"))),
             Parameter("window", "int", 1, "the mean of so many logged values, the last ones", low=1,
                       when=("metrics", ("trainer_state",))),

@@ -120,7 +120,7 @@ class Scale(NamedTuple):
 def know(tensors: tuple[Tensor, ...], view: Tensor | Model) -> Steps:
     """One :class:`Scale` per model, over ``tensors`` together."""
     size, count = len(tensors[0].models), view.count
-    if view["scale_of"] >= size:
+    if (view["scale_of"] or 0) >= size:
         raise UsageError(f"pcb: scale_of must be below the number of models, {size}, not {view['scale_of']}")
     ranks = int(count * view["clip"]) + 1, int(count * (1 - view["clip"]) - 1) + 1
     ends = yield tuple(Rank(_deltas(tensors, index), rank) for index in range(size) for rank in ranks)
@@ -194,7 +194,7 @@ def merge(tensor: Tensor) -> Steps:
     if known is None:
         known = yield from know((tensor,), tensor)
     index, shared = tensor["scale_of"], _of_all(tensor, known)
-    if index >= 0:
+    if index is not None:
         one = known[index]
         return call(scaled, bar=one.bar, room=one.room, **_of_model(tensor, known, index), **shared)
     bars, rooms = tuple(scale.bar for scale in known), tuple(scale.room for scale in known)
@@ -226,8 +226,8 @@ METHODS = (
             Parameter("lambda", "float", 1.0, "factor of each task vector", per_model=True,
                       defaults=(("vision", 1.2),)),
             replace(SCOPE, when=None, defaults=()),
-            Parameter("scale_of", "int", -1, "the final scores of this model (0 is the first) instead of the merge",
-                      low=-1),
+            Parameter("scale_of", "int", None, "the final scores of this model (0 is the first) instead of the merge",
+                      low=0),
             EXCLUDE,
         ),
         variants=("es", "released", "nlp", "vision"),

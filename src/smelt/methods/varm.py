@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from math import exp, fsum, isfinite
 from typing import Any
 
-from ..architecture.names import first_index
+from ..errors import UsageError
 from ..kernels.program import Call, Totals, call
 from ..kernels.vocabulary import where
 from .linear import weighted_sum
@@ -77,17 +77,17 @@ def weights_of(view: Tensor | Model, values: Sequence[float]) -> tuple[float, ..
     return softmax(values, view["temperature"]) if view["use_softmax"] else shares(values)
 
 
-def unit_of(name: str, granularity: str) -> str | None:
-    """The layer or module that a tensor belongs to, by its name; None for tensors outside of all layers.
+def unit_of(tensor: Tensor) -> str | None:
+    """The model (""), layer or module that a tensor belongs to; None for a tensor outside of all layers.
 
     A module is what a layer is made of ("model.layers.0.mlp"); outside of layers it is whatever holds the
     tensor itself ("model.norm").
     """
-    cut = first_index(name)
-    if cut is None:
-        return None if granularity == "layer" else name.rpartition(".")[0]
-    inner, dot, _ = cut.rest.partition(".")
-    return str(cut._replace(rest=inner if dot and granularity == "module" else ""))
+    layer = None if tensor.role is None or tensor.role.layer is None else f"{tensor.role.stack}.{tensor.role.layer}"
+    if tensor["granularity"] != "module":
+        return "" if tensor["granularity"] == "model" else layer
+    holder = tensor.name.rpartition(".")[0]
+    return holder if layer is None else ".".join(holder.split(".")[: layer.count(".") + 2])
 
 
 def survey(model: Model) -> Steps:
@@ -98,10 +98,15 @@ def survey(model: Model) -> Steps:
     if granularity == "model":
         totals = yield tuple(Totals(tuple(_changes(tensor)[i] for tensor in tensors)) for i in range(model.size))
         return {"": weights_of(model, [total / model.count for (total,) in totals])}
+    if granularity == "layer" and all(unit_of(tensor) is None for tensor in tensors):
+        raise UsageError(
+            "varm: granularity: layer: no tensor is known to belong to a layer: give config.json (config in memory) "
+            "with the number of layers"
+        )
     totals = yield tuple(Totals((changed,)) for tensor in tensors for changed in _changes(tensor))
     found: dict[str, list[float]] = {}
     for number, tensor in enumerate(tensors):
-        unit = unit_of(tensor.name, granularity)
+        unit = unit_of(tensor)
         means = [total / tensor.count for (total,) in totals[number * model.size : (number + 1) * model.size]]
         if unit is not None:
             found[unit] = [a + b for a, b in zip(found.get(unit, [0.0] * model.size), means, strict=True)]
@@ -125,7 +130,7 @@ def _weights(tensor: Tensor) -> Steps:
     if tensor["granularity"] == "matrix":
         totals = yield tuple(Totals((changed,)) for changed in _changes(tensor))
         return weights_of(tensor, [total / tensor.count for (total,) in totals])
-    unit = "" if tensor["granularity"] == "model" else unit_of(tensor.name, tensor["granularity"])
+    unit = unit_of(tensor)
     return shares((1.0,) * len(tensor.models)) if unit is None else tensor.survey[unit]
 
 
