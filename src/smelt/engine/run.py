@@ -73,12 +73,12 @@ def merge(
     out, chosen, shown = Path(out), options_of(**options), progress or Silent()
     places = dict(models or {})
     stages = stages_of(recipe, places)
+    paths = local_paths(stages)
     if len(stages) == 1:
-        return _run(make_plan(stages[0].recipe, chosen, places), out, shown, started)
+        return _run(replace(make_plan(stages[0].recipe, chosen, places), paths=paths), out, shown, started)
     plan_stages(stages, chosen, places).close()
     check_destination(out, [])
     notices: list[str] = []
-    paths = local_paths(stages)
     with workplace(out, chosen) as work:
         for stage in stages[:-1]:
             plan = replace(make_plan(stage.recipe, chosen, places), paths=paths)

@@ -72,8 +72,9 @@ def local_paths(stages: Sequence[Stage]) -> tuple[str, ...]:
     """What the recipes of all stages name that is a path on this machine: no output may tell where it is."""
     recipes = [stage.recipe for stage in stages]
     named = {each.path for recipe in recipes for each in (*recipe.references(), *recipe.statistics())}
-    values = (entry.value for recipe in recipes for placed in recipe.all_settings() for entry in placed.setting.values())
-    named |= {value for value in values if isinstance(value, str) and "/" in value}
+    settings = [placed.setting for recipe in recipes for placed in recipe.all_settings()]
+    words = (entry.value for setting in settings for entry in setting.values())
+    named |= {word for word in words if isinstance(word, str) and "/" in word}
     return tuple(sorted(path for path in named if storage.exists(Path(path).expanduser())))
 
 
