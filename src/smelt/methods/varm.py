@@ -91,26 +91,31 @@ def unit_of(tensor: Tensor) -> str | None:
 
 
 def survey(model: Model) -> Steps:
-    """The weights of each unit that spans several tensors, by the name of the unit ("" is the whole model)."""
-    granularity, tensors = model["granularity"], [tensor for tensor in model.tensors if tensor.count]
-    if granularity in ("element", "matrix"):
+    """The weights of each unit that spans several tensors, by the unit's name."""
+    tensors = [tensor for tensor in model.tensors if tensor.count]
+    if model["granularity"] in ("element", "matrix") or not tensors:
         return None
-    if granularity == "model":
+    if model["granularity"] == "model":
         totals = yield tuple(Totals(tuple(_changes(tensor)[i] for tensor in tensors)) for i in range(model.size))
         return {"": weights_of(model, [total / model.count for (total,) in totals])}
-    if granularity == "layer" and all(unit_of(tensor) is None for tensor in tensors):
+    if model["granularity"] == "layer" and all(unit_of(tensor) is None for tensor in tensors):
         raise UsageError(
             "varm: granularity: layer: no tensor is known to belong to a layer: give config.json (config in memory) "
             "with the number of layers"
         )
     totals = yield tuple(Totals((changed,)) for tensor in tensors for changed in _changes(tensor))
-    found: dict[str, list[float]] = {}
+    return _weights_by_unit(model, tensors, [total for (total,) in totals])
+
+
+def _weights_by_unit(model: Model, tensors: list[Tensor], totals: list[float]) -> dict[str, tuple[float, ...]]:
+    """From the total change of each tensor by each model in turn."""
+    sums: dict[str, list[float]] = {}
     for number, tensor in enumerate(tensors):
         unit = unit_of(tensor)
-        means = [total / tensor.count for (total,) in totals[number * model.size : (number + 1) * model.size]]
         if unit is not None:
-            found[unit] = [a + b for a, b in zip(found.get(unit, [0.0] * model.size), means, strict=True)]
-    return {unit: weights_of(model, values) for unit, values in found.items()}
+            so_far, changes = sums.get(unit, [0.0] * model.size), totals[number * model.size :]
+            sums[unit] = [total + change / tensor.count for total, change in zip(so_far, changes, strict=False)]
+    return {unit: weights_of(model, values) for unit, values in sums.items()}
 
 
 def _changes(tensor: Tensor) -> list[Call]:
