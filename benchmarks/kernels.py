@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import strftime
 from typing import Any
@@ -22,16 +22,16 @@ import numpy.typing as npt
 
 from benchmarks import report
 from benchmarks.entrants import versions
-from benchmarks.models import Noise, Weights
+from benchmarks.models import Curvature, Noise, Weights
 from benchmarks.recipes import MERGES, Timed
 from benchmarks.records import Rate, Session, command_line, machine
-from benchmarks.shapes import BASE, FINE_TUNES, bench_dir
+from benchmarks.shapes import BASE, FINE_TUNES, STATISTICS, bench_dir
 from smelt.engine.execute import Executor, Job
 from smelt.engine.parameters import constant_parameters
 from smelt.engine.tiles import TILE, Tile
 from smelt.kernels.launch import run_map
 from smelt.kernels.program import Call, Copy, Operand
-from smelt.methods import Tensor, get
+from smelt.methods import Model, Tensor, get
 
 COUNT = 32 * TILE
 REPEATS = 5
@@ -45,10 +45,7 @@ class Resident:
 
     array: Patterns
     dtype: str = "BF16"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.array.shape
+    shape: tuple[int, ...] = (4096, COUNT // 4096)
 
     @property
     def count(self) -> int:
@@ -83,33 +80,41 @@ def operands() -> dict[str, Resident]:
     """One tensor of each synthetic model."""
     base = Noise.weights(0)
     noise = {name: Noise.task_vector(seed) for seed, name in enumerate(FINE_TUNES, 1)}
-    weights = {BASE: Weights(base)} | {name: Weights(base, own) for name, own in noise.items()}
+    weights: dict[str, Weights | Curvature] = {BASE: Weights(base)}
+    weights |= {name: Weights(base, own) for name, own in noise.items()}
+    weights |= {STATISTICS[name]: Curvature(own) for name, own in noise.items()}
     return {name: Resident(np.concatenate([*own.patterns("w", COUNT)])) for name, own in weights.items()}
 
 
-def job_of(timed: Timed, inputs: dict[str, Resident]) -> Job:
+def job_of(timed: Timed, inputs: dict[str, Resident], executor: Executor) -> Job:
     """The merge of one tensor, with the parameters that mergekit's recipe would give it."""
     method = get(timed.method)
     models = tuple(inputs[name] for name in timed.models if name != BASE or method.base == "ignored")
-    variant = {"variant": "mergekit"} if len(method.variants) > 1 else {}
+    variant = {"variant": "mergekit"} if "mergekit" in method.variants else {}
     shared, each = constant_parameters(method, dict((*timed.per_model, *timed.shared)) | variant, {}, len(models))
     base = inputs[BASE] if timed.base else None
-    tensor = Tensor("w", base, models, shared, each)
-    taking_part = dict.fromkeys([base, *models] if base else models)
+    beside = tuple(inputs[STATISTICS[name]] for name in timed.models) if timed.statistics else ()
+    statistics = {method.statistics[0].kind: beside} if beside else {}
+    tensor = Tensor("w", base, models, shared, each, statistics=statistics)
+    if method.survey is not None:
+        tensor = replace(tensor, survey=executor.survey(method.survey(Model((tensor,)))))
+    taking_part = dict.fromkeys([*([base] if base else []), *models, *beside])
     return Job("w", "BF16", COUNT, list(taking_part), lambda: method.merge(tensor))
 
 
 def rate(timed: Timed, inputs: dict[str, Resident]) -> Rate:
-    job, mapper = job_of(timed, inputs), Computing()
+    mapper = Computing()
 
-    def whole() -> None:
+    def whole() -> int:
         with Executor(Discard(), mapper, threads=1) as executor:
+            job = job_of(timed, inputs, executor)
             executor.run([job])
+        return len(job.inputs)
 
-    whole()
-    gigabytes = 2 * COUNT * len(job.inputs) / 1e9
-    formula = best(lambda: every_tile(mapper.call))
-    return Rate(timed.method, len(job.inputs), gigabytes / formula, gigabytes / best(whole))
+    gigabytes = 2 * COUNT * whole() / 1e9
+    alone = all(isinstance(operand, Resident) for operand in mapper.call.operands()) and mapper.call.row is None
+    formula = gigabytes / best(lambda: every_tile(mapper.call)) if alone else None
+    return Rate(timed.method, len(timed.inputs("0.1B")), formula, gigabytes / best(whole))
 
 
 def every_tile(call: Call) -> None:
@@ -123,7 +128,7 @@ def _window(start: int) -> Callable[[Operand], Patterns]:
     return lambda operand: operand.array[start : start + TILE]  # type: ignore[attr-defined]
 
 
-def best(action: Callable[[], None]) -> float:
+def best(action: Callable[[], object]) -> float:
     """The least CPU seconds of several runs."""
     seconds = []
     for _ in range(REPEATS):
@@ -136,7 +141,7 @@ def best(action: Callable[[], None]) -> float:
 def main() -> None:
     inputs = operands()
     session = Session(command_line("benchmarks.kernels", sys.argv[1:]), machine(bench_dir()), versions(["smelt"]))
-    session.rates = [rate(timed, inputs) for timed in MERGES.values()]
+    session.rates = [rate(timed, inputs) for timed in MERGES.values() if not get(timed.method).needs_layers]
     path: Path = report.sessions_dir() / f"{strftime('%Y%m%d-%H%M%S')}-kernels.json"
     session.save(path)
     print(report.rate_table(session.rates))

@@ -23,7 +23,7 @@ from zlib import crc32
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.shapes import BASE, FINE_TUNES, SIZES, Shape, model_dir
+from benchmarks.shapes import BASE, FINE_TUNES, SIZES, STATISTICS, Shape, model_dir
 
 Floats = npt.NDArray[np.float32]
 Patterns = npt.NDArray[np.uint16]
@@ -82,6 +82,17 @@ class Weights:
         return self.task_vector.chunks(name, count) if self.task_vector else repeat(np.float32(0))
 
 
+@dataclass(frozen=True, slots=True)
+class Curvature:
+    """A statistic of a synthetic fine-tune: the size of other noise."""
+
+    noise: Noise
+
+    def patterns(self, name: str, count: int) -> Iterator[Patterns]:
+        for values in self.noise.chunks(name, count):
+            yield to_bf16(np.abs(values))
+
+
 def plan_shards(tensors: dict[str, tuple[int, ...]], limit: int = SHARD_BYTES) -> list[list[str]]:
     """Fill shards in model order; a tensor larger than ``limit`` has a shard of its own."""
     shards: list[list[str]] = [[]]
@@ -116,7 +127,7 @@ def header(tensors: dict[str, tuple[int, ...]]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write_shard(path: Path, tensors: dict[str, tuple[int, ...]], weights: Weights) -> None:
+def write_shard(path: Path, tensors: dict[str, tuple[int, ...]], weights: Weights | Curvature) -> None:
     with path.open("wb") as file:
         file.write(header(tensors))
         for name, shape in tensors.items():
@@ -126,7 +137,7 @@ def write_shard(path: Path, tensors: dict[str, tuple[int, ...]], weights: Weight
         os.fsync(file.fileno())
 
 
-def write_model(folder: Path, shape: Shape, weights: Weights, limit: int = SHARD_BYTES) -> None:
+def write_model(folder: Path, shape: Shape, weights: Weights | Curvature, limit: int = SHARD_BYTES) -> None:
     """Write one model in the Hugging Face layout into an existing ``folder``."""
     tensors = shape.tensors()
     shards = plan_shards(tensors, limit)
@@ -164,16 +175,24 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def ensure(size: str, seed: int = 0) -> None:
+def ensure(size: str, seed: int = 0, statistics: bool = False) -> None:
     """Write the models of ``size`` that are not there yet. A folder that exists is complete."""
-    missing = [model for model in (BASE, *FINE_TUNES) if not model_dir(size, model).exists()]
+    wanted = (BASE, *FINE_TUNES, *(STATISTICS.values() if statistics else ()))
+    missing = [model for model in wanted if not model_dir(size, model).exists()]
     if not missing:
         return
     check_space(size, len(missing) + 1)
     base = Noise.weights(seed)
     for model in missing:
-        own = Noise.task_vector(seed + 1 + FINE_TUNES.index(model)) if model != BASE else None
-        publish(model_dir(size, model), SIZES[size], Weights(base, own))
+        publish(model_dir(size, model), SIZES[size], _values(model, base, seed))
+
+
+def _values(model: str, base: Noise, seed: int) -> Weights | Curvature:
+    if model == BASE:
+        return Weights(base)
+    if model in FINE_TUNES:
+        return Weights(base, Noise.task_vector(seed + 1 + FINE_TUNES.index(model)))
+    return Curvature(Noise.task_vector(seed + 101 + list(STATISTICS.values()).index(model)))
 
 
 def check_space(size: str, copies: int) -> None:
@@ -185,7 +204,7 @@ def check_space(size: str, copies: int) -> None:
         raise SystemExit(f"{size} needs {needed / 1e9:.0f} GB of free disk, there are {free / 1e9:.0f} GB")
 
 
-def publish(folder: Path, shape: Shape, weights: Weights) -> None:
+def publish(folder: Path, shape: Shape, weights: Weights | Curvature) -> None:
     staging = folder.with_name(folder.name + ".partial")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
@@ -196,8 +215,10 @@ def publish(folder: Path, shape: Shape, weights: Weights) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the synthetic checkpoints of these sizes.")
     parser.add_argument("sizes", nargs="+", choices=SIZES)
-    for size in parser.parse_args().sizes:
-        ensure(size)
+    parser.add_argument("--statistics", action="store_true", help="also what methods weight parameters by")
+    options = parser.parse_args()
+    for size in options.sizes:
+        ensure(size, statistics=options.statistics)
 
 
 if __name__ == "__main__":

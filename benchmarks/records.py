@@ -31,11 +31,14 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """Gigabytes (1e9) of bf16 input per CPU second: by the output's formula alone, and by all passes."""
+    """Gigabytes (1e9) of bf16 input per CPU second: by the output's formula alone, and by all passes.
+
+    ``formula`` is None where the output's operands are themselves computed on the way.
+    """
 
     method: str
     models: int
-    formula: float
+    formula: float | None
     whole: float
 
 

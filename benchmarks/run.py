@@ -119,9 +119,10 @@ def compile_kernels(methods: Sequence[str]) -> None:
         Course("0.1B", MERGES[method]).run("smelt", "warm")
 
 
-def generate(sizes: Sequence[str]) -> None:
+def generate(sizes: Sequence[str], methods: Sequence[str]) -> None:
+    flags = ["--statistics"] if any(MERGES[method].statistics for method in methods) else []
     # In a process of its own, because a large parent would show in the peak memory of its children.
-    subprocess.run([sys.executable, "-m", "benchmarks.models", *sizes], check=True)
+    subprocess.run([sys.executable, "-m", "benchmarks.models", *sizes, *flags], check=True)
 
 
 def some_of(allowed: Sequence[str]) -> Callable[[str], list[str]]:
@@ -152,7 +153,7 @@ def main() -> None:
     options = arguments().parse_args()
     if "mergekit" in options.entrants:
         entrants.install_mergekit()
-    generate(sorted({*options.sizes, "0.1B"}))
+    generate(sorted({*options.sizes, "0.1B"}), options.methods)
     if "smelt" in options.entrants:
         compile_kernels(options.methods)
     command = command_line("benchmarks.run", sys.argv[1:])

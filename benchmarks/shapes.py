@@ -13,6 +13,8 @@ from pathlib import Path
 
 BASE = "base"
 FINE_TUNES = ("code", "maths", "prose")
+#: What stands for the optimizer state of each fine-tune: one non-negative number per weight.
+STATISTICS = {name: f"{name}-curvature" for name in FINE_TUNES}
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,7 +90,8 @@ def test_rounding_to_bf16_is_to_nearest_even() -> None:
 @pytest.mark.parametrize("merge", recipes.MERGES.values(), ids=list(recipes.MERGES))
 def test_recipes_name_every_model_that_counts_as_input(merge: recipes.Timed) -> None:
     recipe = yaml.safe_load(merge.yaml("0.1B"))
-    named = {entry["model"] for entry in recipe["models"]} | {recipe.get("base_model")} - {None}
+    named = {path for entry in recipe["models"] for key, path in entry.items() if key in ("model", "statistics")}
+    named |= {recipe.get("base_model")} - {None}
     assert named == {str(folder) for folder in merge.inputs("0.1B")}
     assert recipe["merge_method"] == merge.method
 

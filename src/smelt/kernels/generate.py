@@ -229,17 +229,15 @@ def _sums(arguments: _Arguments, out: str) -> _Body:
         f"    begin = part * {SUM_BLOCK}",
         f"    size = min({SUM_BLOCK}, count - begin)",
         f"    fill(start + begin, size, {passed})",
+        *(f"    {row}[size:] = 0" for row in rows),
         "    if products != 0:",
-        *(
-            f"        partials[part * {len(pairs)} + {n}] = dot(r{a}[:size], r{b}[:size])"
-            for n, (a, b) in enumerate(pairs)
-        ),
+        *(f"        partials[part * {len(pairs)} + {n}] = dot(r{a}, r{b}, tree)" for n, (a, b) in enumerate(pairs)),
         "    else:",
-        *(f"        partials[part * {width} + {k}] = total(r{k}[:size])" for k in range(width)),
+        *(f"        partials[part * {width} + {k}] = total(r{k}, tree)" for k in range(width)),
     ]
     leading = [("start", "int64"), ("count", "int64"), ("products", "int64"), ("partials", "[float64]")]
     scratch = [*arguments.words, *((row, arguments.precision, SUM_BLOCK) for row in rows)]
-    return _Body(leading, lines, scratch, fill)
+    return _Body(leading, lines, [*scratch, ("tree", "float64", SUM_BLOCK // 4)], fill)
 
 
 TEMPLATES: dict[str, Callable[[_Arguments, str], _Body]] = {

@@ -1,8 +1,9 @@
 """Sums and dot products in fp64 whose result does not depend on threads, tiles or order.
 
-A tensor is cut into blocks of 4096 elements from its first element on (the compiled kernels do that). Inside
-a block eight fixed lanes add up and are folded in a fixed tree, below; the block sums are then added exactly
-(``math.fsum``), so any order of blocks gives the same bits.
+A tensor is cut into blocks of 4096 elements from its first element on (the compiled kernels do that; a shorter
+block is filled up with zeros). A block is folded in a fixed tree: its quarters are added up element by element,
+then the halves of what is left, again and again. The block sums are added exactly (``math.fsum``), so any order
+of blocks gives the same bits. Each step of the tree is a plain loop, which LLVM turns into vector code.
 """
 
 from __future__ import annotations
@@ -16,42 +17,32 @@ from .scalars import FAST
 
 
 @njit(**FAST)
-def total(x: Any) -> Any:
-    """The sum of a row of numbers."""
-    s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = 0.0
-    whole = x.shape[0] // 8
-    for j in range(whole):
-        i = j * 8
-        s0 += np.float64(x[i])
-        s1 += np.float64(x[i + 1])
-        s2 += np.float64(x[i + 2])
-        s3 += np.float64(x[i + 3])
-        s4 += np.float64(x[i + 4])
-        s5 += np.float64(x[i + 5])
-        s6 += np.float64(x[i + 6])
-        s7 += np.float64(x[i + 7])
-    rest = 0.0
-    for i in range(whole * 8, x.shape[0]):
-        rest += np.float64(x[i])
-    return ((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7)) + rest
+def total(x: Any, scratch: Any) -> Any:
+    """The sum of 4096 numbers; ``scratch`` holds 1024 fp64."""
+    a, b, c, d = x[:1024], x[1024:2048], x[2048:3072], x[3072:]
+    for i in range(1024):
+        scratch[i] = (np.float64(a[i]) + np.float64(b[i])) + (np.float64(c[i]) + np.float64(d[i]))
+    return _folded(scratch)
 
 
 @njit(**FAST)
-def dot(x: Any, y: Any) -> Any:
-    """The dot product of two rows; products of float32 are exact in fp64."""
-    s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = 0.0
-    whole = x.shape[0] // 8
-    for j in range(whole):
-        i = j * 8
-        s0 += np.float64(x[i]) * np.float64(y[i])
-        s1 += np.float64(x[i + 1]) * np.float64(y[i + 1])
-        s2 += np.float64(x[i + 2]) * np.float64(y[i + 2])
-        s3 += np.float64(x[i + 3]) * np.float64(y[i + 3])
-        s4 += np.float64(x[i + 4]) * np.float64(y[i + 4])
-        s5 += np.float64(x[i + 5]) * np.float64(y[i + 5])
-        s6 += np.float64(x[i + 6]) * np.float64(y[i + 6])
-        s7 += np.float64(x[i + 7]) * np.float64(y[i + 7])
-    rest = 0.0
-    for i in range(whole * 8, x.shape[0]):
-        rest += np.float64(x[i]) * np.float64(y[i])
-    return ((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7)) + rest
+def dot(x: Any, y: Any, scratch: Any) -> Any:
+    """The dot product of 4096 pairs; products of float32 are exact in fp64."""
+    a, b, c, d = x[:1024], x[1024:2048], x[2048:3072], x[3072:]
+    e, f, g, h = y[:1024], y[1024:2048], y[2048:3072], y[3072:]
+    for i in range(1024):
+        first = np.float64(a[i]) * np.float64(e[i]) + np.float64(b[i]) * np.float64(f[i])
+        second = np.float64(c[i]) * np.float64(g[i]) + np.float64(d[i]) * np.float64(h[i])
+        scratch[i] = first + second
+    return _folded(scratch)
+
+
+@njit(**FAST)
+def _folded(scratch: Any) -> Any:
+    half = 512
+    while half > 0:
+        low, high = scratch[:half], scratch[half : 2 * half]
+        for i in range(half):
+            low[i] += high[i]
+        half //= 2
+    return scratch[0]
