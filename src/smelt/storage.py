@@ -14,6 +14,7 @@ import os
 import shutil
 import stat
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -186,6 +187,14 @@ def create(path: Path, size: int = 0) -> int:
         with contextlib.suppress(OSError):
             os.unlink(path)
         raise
+    return descriptor
+
+
+def unnamed(folder: Path) -> int:
+    """A new file in ``folder`` without a name, for what does not fit into memory: gone when it is closed."""
+    with _told("make a scratch file in", folder):
+        descriptor, name = tempfile.mkstemp(dir=folder)
+        os.unlink(name)
     return descriptor
 
 

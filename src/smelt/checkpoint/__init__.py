@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from .base import Checkpoint, FileIdentity, TensorInfo
-from .source import load
-from .writer import CheckpointWriter, Shard, plan_shards
+from .selection import ADAPTER
+from .source import load, load_adapter
+from .writer import CheckpointWriter, Shard, plan_file, plan_shards
 
-__all__ = ["Checkpoint", "CheckpointWriter", "FileIdentity", "Shard", "TensorInfo", "load", "plan_shards"]
+__all__ = [
+    "ADAPTER", "Checkpoint", "CheckpointWriter", "FileIdentity", "Shard", "TensorInfo", "load", "load_adapter",
+    "plan_file", "plan_shards",
+]  # fmt: skip

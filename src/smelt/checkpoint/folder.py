@@ -15,7 +15,7 @@ from ..storage import FileIdentity
 from .base import Checkpoint, TensorInfo
 from .documents import read_json
 from .safetensors import MAX_TENSORS, SafetensorsFile
-from .selection import NUMBERED, WeightMap, choose, present, read_index, refuse_other_formats
+from .selection import ADAPTER, NUMBERED, WeightMap, choose, present, read_index, refuse_other_formats
 
 _MOST_PROBLEMS = 20
 _MOST_NOTICES = 20
@@ -24,15 +24,18 @@ _MOST_NOTICES = 20
 class FolderCheckpoint(Checkpoint):
     """Safetensors files of one folder, opened once and read by position.
 
-    ``source`` is a folder, an index in it, or one safetensors file. Raises InputRejected when it is malformed
-    or when it is not clear which files are meant, with everything that is wrong at once.
+    ``source`` is a folder, an index in it, or one safetensors file; with ``adapter`` the folder of an adapter.
+    Raises InputRejected when it is malformed or when it is not clear which files are meant, with everything
+    that is wrong at once.
     """
 
-    def __init__(self, source: Path, label: str | None = None, revision: str | None = None) -> None:
+    def __init__(
+        self, source: Path, label: str | None = None, revision: str | None = None, *, adapter: bool = False
+    ) -> None:
         self.label = str(source) if label is None else label
         self.revision = revision
         self._files: dict[str, SafetensorsFile] = {}
-        home, names, weight_map = _locate(source)
+        home, names, weight_map = (source, [ADAPTER], None) if adapter else _locate(source)
         try:
             self._open(home, names)
             self.tensors: Mapping[str, TensorInfo] = _united(home, self._files, weight_map)

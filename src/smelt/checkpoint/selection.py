@@ -25,6 +25,9 @@ _INDEX = ".safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _ADAPTER = "adapter_model."
 
+#: The weights of an adapter, which are no model's.
+ADAPTER = "adapter_model.safetensors"
+
 PICKLE_ADVICE = (
     "is pickled, and reading it can run code: convert it to safetensors first, with save_pretrained of a current "
     "transformers where you trust it"

@@ -44,6 +44,11 @@ def load(
     return _from_hub(name, revision or named or None, label or text, path)
 
 
+def load_adapter(folder: Path) -> Checkpoint:
+    """Open the weights of a PEFT adapter's folder, under the names that they have in the file."""
+    return FolderCheckpoint(folder, adapter=True)
+
+
 def _path(text: str) -> Path:
     if not text:
         raise InputRejected("an empty name is no model: give a folder, a file or owner/name")

@@ -65,8 +65,7 @@ def plan_shards(
     A larger tensor gets a file of its own. One file is model.safetensors, several are numbered. ``metadata``
     goes into every header. Raises UsageError when a file would hold more tensors than a header may name.
     """
-    if len({tensor.name for tensor in tensors}) < len(tensors):
-        raise ValueError("a tensor is given twice")
+    _refuse_twins(tensors)
     groups: list[list[TensorInfo]] = [[]]
     held = 0
     for tensor in tensors:
@@ -77,6 +76,17 @@ def plan_shards(
         held += tensor.nbytes
     said = {**_METADATA, **metadata}
     return [_shard(_file_name(number, len(groups)), group, said) for number, group in enumerate(groups, 1)]
+
+
+def plan_file(file: str, tensors: Sequence[TensorInfo]) -> Shard:
+    """Lay all tensors out in one file of this name. Raises UsageError as :func:`plan_shards` does."""
+    _refuse_twins(tensors)
+    return _shard(file, tensors, _METADATA)
+
+
+def _refuse_twins(tensors: Sequence[TensorInfo]) -> None:
+    if len({tensor.name for tensor in tensors}) < len(tensors):
+        raise ValueError("a tensor is given twice")
 
 
 def _file_name(number: int, total: int) -> str:

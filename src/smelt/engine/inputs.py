@@ -108,7 +108,7 @@ class Inputs:
 
     def refuse_quantised(self) -> None:
         """Averaging codes of a quantised model is a silent disaster, so it is refused until it is read right."""
-        InputRejected.gather(problem for item in self for problem in _quantised(item))
+        InputRejected.gather(problem for item in self for problem in quantised(item))
 
     def check_unchanged(self) -> None:
         for item in self._all():
@@ -142,7 +142,8 @@ def _load(reference: ModelReference, label: str, places: Places) -> Checkpoint:
     return load(reference.path if place is None else place, revision=reference.revision, label=label)
 
 
-def _quantised(item: Input) -> Iterator[str]:
+def quantised(item: Input) -> Iterator[str]:
+    """What keeps a model from being merged as floats: the codes of a quantisation."""
     said = item.checkpoint.config.get("quantization_config")
     if said:
         method = said.get("quant_method", "unknown") if isinstance(said, Mapping) else said

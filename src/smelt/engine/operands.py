@@ -28,6 +28,10 @@ class Ledger:
     def record(self, label: str, name: str, start: int, data: memoryview) -> None:
         self._tiles.setdefault((label, name), {})[start] = xxhash.xxh3_128_digest(data)
 
+    def names(self, label: str) -> list[str]:
+        """The tensors of one checkpoint that were read, sorted."""
+        return sorted(name for owner, name in self._tiles if owner == label)
+
     def digests(self, label: str) -> dict[str, str]:
         """Tensor name -> digest of all its tiles, for one checkpoint, sorted by name."""
         return {

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import storage
-from ..checkpoint import Checkpoint, TensorInfo, load
+from ..checkpoint import Checkpoint, TensorInfo, load, plan_shards
 from ..errors import InputRejected, show
 from ..kernels.program import Call, Copy, Mask, call
 from ..methods.parts import restored
@@ -70,7 +70,7 @@ def _write(made: Checkpoint, base: Checkpoint, task: int, out: Path, jobs: Seque
     config = read_config(base)
     files = {**side_files(base), **({} if config is None else {"config.json": config})}
     with staging(out) as folder:
-        written = write_tensors(folder, tensors, SHARD_SIZE, lambda sink: _run(jobs, sink, threads))
+        written = write_tensors(folder, plan_shards(tensors, SHARD_SIZE), lambda sink: _run(jobs, sink, threads))
         for name, data in sorted(files.items()):
             storage.write_small(folder / name, data)
         content = manifest(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import storage
-from ..checkpoint import TensorInfo
+from ..checkpoint import TensorInfo, plan_shards
 from ..errors import InputRejected, show
 from ..kernels.program import Copy
 from ..methods import Model
@@ -163,9 +163,9 @@ def _differing_integers(output: Output) -> list[str]:
 def _write_weights(plan: Plan, folder: Path, progress: Progress, warn: Callable[[str], None]) -> dict[str, Any]:
     """Merge and write every tensor; returns name -> dtype, shape, file, sha256."""
     progress.start(plan.bytes_read + plan.bytes_written, "merging")
-    tensors = [TensorInfo(output.name, output.dtype, output.shape) for output in plan.outputs]
+    shards = plan_shards([TensorInfo(o.name, o.dtype, o.shape) for o in plan.outputs], plan.shard_size)
     try:
-        return write_tensors(folder, tensors, plan.shard_size, lambda sink: _execute(plan, sink, progress, warn))
+        return write_tensors(folder, shards, lambda sink: _execute(plan, sink, progress, warn))
     finally:
         progress.finish()
 

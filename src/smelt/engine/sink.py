@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from ..checkpoint import CheckpointWriter, TensorInfo, plan_shards
+from ..checkpoint import CheckpointWriter, Shard
 
 _Waiting = dict[int, tuple[npt.NDArray[Any], Callable[[], None]]]
 
@@ -72,14 +72,12 @@ class DiskSink:
         return {name: digest.hexdigest() for name, digest in sorted(self._digests.items())}
 
 
-def write_tensors(
-    folder: Path, tensors: Sequence[TensorInfo], shard_size: int, fill: Callable[[DiskSink], None]
-) -> dict[str, dict[str, Any]]:
-    """Write ``tensors`` into weight files of ``folder``; ``fill`` brings their elements.
+def write_tensors(folder: Path, shards: Sequence[Shard], fill: Callable[[DiskSink], None]) -> dict[str, dict[str, Any]]:
+    """Write weight files of ``folder``, laid out as ``shards``; ``fill`` brings the elements of their tensors.
 
     Returns name -> dtype, shape, file, sha256.
     """
-    shards = plan_shards(tensors, shard_size)
+    tensors = [info for shard in shards for info in shard.tensors]
     writer = CheckpointWriter(folder, shards)
     try:
         sink = DiskSink(writer, [info.name for info in tensors])
@@ -87,9 +85,8 @@ def write_tensors(
         writer.finish()
     finally:
         writer.abort()
-    homes = {name: shard.file for shard in shards for name in shard.offsets}
     sums = sink.sha256()
     return {
-        info.name: {"dtype": info.dtype, "shape": list(info.shape), "file": homes[info.name], "sha256": sums[info.name]}
+        info.name: {"dtype": info.dtype, "shape": list(info.shape), "file": info.file, "sha256": sums[info.name]}
         for info in tensors
     }

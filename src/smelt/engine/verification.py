@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .. import storage
-from ..checkpoint import Checkpoint, load
+from ..checkpoint import ADAPTER, Checkpoint, load, load_adapter
 from ..errors import InputRejected, show
 from ..kernels.dtypes import DTYPES
 from .manifest import FORMAT, NAME
@@ -83,7 +83,8 @@ def _verify_files(folder: Path, wanted: Mapping[str, str], found: Verification) 
 
 
 def _verify_tensors(folder: Path, wanted: Mapping[str, Any], found: Verification, progress: Progress) -> None:
-    with load(folder) as checkpoint:
+    adapter = {tensor.get("file") for tensor in wanted.values()} == {ADAPTER}
+    with load_adapter(folder) if adapter else load(folder) as checkpoint:
         names = set(checkpoint.tensors)
         found.problems += [f"tensor {show(name)} is missing" for name in sorted(set(wanted) - names)]
         found.problems += [f"tensor {show(name)} is not in the manifest" for name in sorted(names - set(wanted))]

@@ -105,3 +105,10 @@ def narrowed(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
         odd = (bits - (np.abs(near.astype(np.float64)) > np.abs(values))) | np.uint32(1)
         inexact = (near != values) & (values == values)
     return np.where(inexact, odd.astype(np.uint32).view(np.float32), near)
+
+
+def rounded(values: npt.NDArray[np.float64], code: str) -> npt.NDArray[Any]:
+    """float64 rounded once to a floating dtype, as values."""
+    once = narrowed(values) if DTYPES[code].bits == 16 else values
+    with np.errstate(over="ignore"):
+        return once.astype(DTYPES[code].values)
