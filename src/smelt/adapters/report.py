@@ -1,0 +1,103 @@
+"""What an extraction gives back: the artefact, and how well each module is reproduced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from math import sqrt
+from typing import Any, Literal
+
+from ..engine import Artifact
+from ..errors import show
+
+Stored = Literal["low rank", "whole", "nothing"]
+
+#: A relative error that users must hear of, and how many names a notice lists.
+_MUCH, _SHOWN = 0.3, 4
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One module.
+
+    Attributes
+    ----------
+    stored: "low rank", "whole", or "nothing" where it is left out; ``why`` says why.
+    rank: of its factors.
+    norm: Frobenius norm of the weights' difference; NaN where it was not looked at.
+    error: norm of what the adapter does not reproduce, measured with the factors as they are stored.
+    above_rounding: how many singular values exceed what rounding the weights to their dtype makes.
+    """
+
+    module: str
+    stored: Stored
+    rank: int = 0
+    norm: float = float("nan")
+    error: float = float("nan")
+    above_rounding: int | None = None
+    why: str = ""
+
+    @property
+    def relative_error(self) -> float:
+        """error / norm; 0 where nothing differs."""
+        return self.error / self.norm if self.norm else 0.0
+
+
+@dataclass
+class Extraction(Artifact):
+    """What :func:`smelt.extract_lora` published; ``modules`` in the order of their names."""
+
+    modules: list[ModuleReport] = field(default_factory=list)
+
+    @property
+    def error(self) -> float:
+        """The relative error over all modules together; 0 is a perfect copy of the fine-tune."""
+        return total_error(self.modules)
+
+    def as_dict(self) -> dict[str, Any]:
+        rows = [{**asdict(module), "relative_error": module.relative_error} for module in self.modules]
+        return {**super().as_dict(), "error": self.error, "modules": rows}
+
+
+def total_error(modules: Iterable[ModuleReport]) -> float:
+    known = [module for module in modules if module.norm == module.norm]
+    norm = sqrt(sum(module.norm**2 for module in known))
+    return sqrt(sum(module.error**2 for module in known)) / norm if norm else 0.0
+
+
+def notices(modules: Sequence[ModuleReport]) -> list[str]:
+    """What is worth a warning: much that is lost, and modules that an adapter cannot hold."""
+    lost = [m.module for m in modules if m.why in ("an adapter has no place for it", "cannot be decomposed")]
+    found = [f"left out although they differ: {_listed(lost)}"] if lost else []
+    resized = [module.module for module in modules if module.why == "another vocabulary"]
+    if resized:
+        found.append(
+            f"stored whole with another number of tokens than the base: {_listed(resized)}: resize the base first"
+        )
+    error = total_error(modules)
+    if error > _MUCH:
+        found.append(
+            f"{error:.0%} of the fine-tune's norm is not in the adapter: it is not of low rank; raise the rank"
+        )
+    return found
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(map(show, names[:_SHOWN])) + more
+
+
+def readme(title: str, base: str, modules: Sequence[ModuleReport]) -> str:
+    """The card: what the adapter is for, and the table of errors."""
+    rows = [
+        f"| `{m.module}` | {m.stored} | {m.rank or ''} | {m.norm:.4g} | {m.relative_error:.2%} |"
+        for m in modules
+        if m.stored != "nothing"
+    ]
+    lines = [
+        "---", "library_name: peft", "tags:", "- lora", "- smelt", "---", "", f"# {title}", "",
+        f"A low-rank adapter for `{base}`, extracted from a fine-tune with smelt. Relative error over all modules: "
+        f"{total_error(modules):.2%}.", "", "| module | stored | rank | norm of the difference | error |",
+        "| --- | --- | --- | --- | --- |", *rows, "",
+    ]  # fmt: skip
+    return "\n".join(lines)
