@@ -162,13 +162,22 @@ _EXIT_CODES = (
 def _commands_page() -> str:
     exits = "## Exit codes\n\n" + _table(("code", "meaning"), _EXIT_CODES)
     general = "## smelt\n\nOptions of `smelt` itself, before the command:\n\n" + _options(group)
-    sections = [_command_section(name) for name in COMMANDS]
+    sections = [_command_section(*path) for path in command_paths()]
     return _page("Commands", "src/smelt/cli", _COMMANDS_INTRO, general, *sections, exits)
 
 
-def _command_section(name: str) -> str:
-    command = group.get_command(click.Context(group), name)
-    assert command is not None
+def command_paths() -> list[tuple[str, click.Command]]:
+    """Every command with the words that call it; a group's own commands stand for the group."""
+    found: list[tuple[str, click.Command]] = []
+    for name in COMMANDS:
+        command = group.get_command(click.Context(group), name)
+        assert command is not None
+        inner = command.commands if isinstance(command, click.Group) else {}
+        found += [(f"{name} {word}", part) for word, part in sorted(inner.items())] or [(name, command)]
+    return found
+
+
+def _command_section(name: str, command: click.Command) -> str:
     arguments = [p for p in command.params if isinstance(p, click.Argument)]
     usage = " ".join(["smelt", name, *map(_argument, arguments), "[OPTIONS]"])
     text = inspect.cleandoc(command.help or "")
