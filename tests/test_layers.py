@@ -21,7 +21,7 @@ MODULES = {
 #: From the ground up. What stands on one floor may not import each other.
 FLOORS = (
     ("errors", "_version"), ("storage",), ("kernels",), ("checkpoint",), ("recipe", "architecture"), ("methods",),
-    ("engine",), ("diagnosis", "statistics"), ("cli",), ("smelt",),
+    ("engine",), ("adapters", "diagnosis", "stacking", "statistics", "transplant"), ("cli",), ("smelt",),
 )  # fmt: skip
 FLOOR = {part: height for height, parts in enumerate(FLOORS) for part in parts}
 

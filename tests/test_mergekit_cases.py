@@ -10,6 +10,7 @@ import pytest
 
 import smelt
 from tests.mergekit_parity import HERE, NotYet, cases_in, run_case
+from tests.mergekit_programs import PROGRAMS, run
 
 CASES = list(cases_in(HERE))
 
@@ -30,8 +31,12 @@ OURS = {"tied-one-explicit-head": {"tie_word_embeddings": False}}
 
 @pytest.mark.parametrize("folder", CONFIGS, ids=lambda folder: folder.name)
 def test_the_config_is_mergekits(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(HERE / json.loads((folder / "case.json").read_text())["cwd"])
-    smelt.merge(folder / "config.yaml", tmp_path / "out")
+    case = json.loads((folder / "case.json").read_text())
+    monkeypatch.chdir(HERE / case["cwd"])
+    if case["entry"] in PROGRAMS:
+        run(case["argv"], tmp_path / "out")
+    else:
+        smelt.merge(folder / "config.yaml", tmp_path / "out")
     written, wanted = (config(path) for path in (tmp_path / "out" / "config.json", folder / "expected_config.json"))
     assert written == wanted | OURS.get(folder.name, {})
 
