@@ -1,6 +1,7 @@
 """How many gigabytes of bf16 input one core turns into output per second, for each method.
 
     python -m benchmarks.kernels
+    python -m benchmarks.kernels --record    also into the table of `smelt methods`
 
 Two rates per method, both in CPU time, so that a busy machine hardly disturbs them: ``formula`` is the
 compiled loop that makes the output, ``method`` everything from operands in memory on (the passes for
@@ -9,6 +10,7 @@ statistics, and the copy into tiles that stands for a read). Bytes of every inpu
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -35,6 +37,7 @@ from smelt.methods import Model, Tensor, get
 
 COUNT = 32 * TILE
 REPEATS = 5
+COSTS = Path(__file__).parents[1] / "src" / "smelt" / "methods" / "costs.json"
 
 Patterns = npt.NDArray[np.uint16]
 
@@ -138,12 +141,21 @@ def best(action: Callable[[], object]) -> float:
     return min(seconds)
 
 
+def costing(rate: Rate) -> float:
+    """CPU nanoseconds per element of input: two digits, since more would be noise."""
+    return float(f"{2 / rate.whole:.2g}")
+
+
 def main() -> None:
     inputs = operands()
     session = Session(command_line("benchmarks.kernels", sys.argv[1:]), machine(bench_dir()), versions(["smelt"]))
     session.rates = [rate(timed, inputs) for timed in MERGES.values() if not get(timed.method).needs_layers]
     path: Path = report.sessions_dir() / f"{strftime('%Y%m%d-%H%M%S')}-kernels.json"
     session.save(path)
+    if "--record" in sys.argv[1:]:
+        COSTS.write_text(
+            json.dumps({rate.method: costing(rate) for rate in session.rates}, indent=2, sort_keys=True) + "\n"
+        )
     print(report.rate_table(session.rates))
     print(f"recorded in {path}: python -m benchmarks.report FILE... puts it into RESULTS.md")
 

@@ -19,6 +19,7 @@ import smelt
 from smelt import methods
 from smelt.cli.group import COMMANDS
 from smelt.cli.group import smelt as group
+from smelt.cli.methods import LEGEND, comparison
 from smelt.methods import REQUIRED, Method, Parameter
 
 HERE = Path(__file__).parent
@@ -63,13 +64,13 @@ the paper. `smelt.merge_tensors` follows the paper unless told otherwise."""
 
 def _methods_page() -> str:
     known = [methods.get(name) for name in methods.names()]
-    head = ("method", "what it does", "base", "models", "random", "advice")
-    rows = [
-        (f"[{m.name}](#{m.name})", m.summary, m.base, _count(m), "yes" if m.random else "", m.advice) for m in known
-    ]
+    head = ("method", "what it does", "base", "models", "statistics", "random", "reads", "ns", "when to use it")
+    rows = [(f"[{m.name}](#{m.name})", *comparison(m)[1:]) for m in known]
     told: dict[str, str] = {}
     sections = [_method_section(method, told) for method in known]
-    return _page("Merge methods", "src/smelt/methods", _METHODS_INTRO, _table(head, rows), _VARIANTS_INTRO, *sections)
+    return _page(
+        "Merge methods", "src/smelt/methods", _METHODS_INTRO, _table(head, rows), LEGEND, _VARIANTS_INTRO, *sections
+    )
 
 
 def _count(method: Method) -> str:

@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from ..methods import Method, Parameter
 
 
+LEGEND = """\
+statistics: data that must be given beside the models. reads: how often the inputs are read in all.
+ns: CPU time per element of input, all passes together, as measured on one machine."""
+
+
 @click.command(short_help="The merge methods, their parameters and papers.")
 @click.argument("name", required=False)
 @json_option
@@ -29,12 +34,49 @@ def command(name: str | None, as_json: bool) -> None:
     if as_json:
         print_json([describe(method) for method in known])
     else:
-        columns = ("method", "what it does", "base", ">models", "advice")
-        print_table(columns, [_row(method) for method in known])
+        columns = (
+            "method",
+            "what it does",
+            "base",
+            ">models",
+            "statistics",
+            "random",
+            ">reads",
+            ">ns",
+            "when to use it",
+        )
+        print_table(columns, [comparison(method) for method in known])
+        print(f"\n{LEGEND}")
 
 
-def _row(method: Method) -> tuple[str, ...]:
-    return method.name, method.summary, method.base, _model_count(method), method.advice
+def comparison(method: Method) -> tuple[str, ...]:
+    """One line of the table that compares the methods."""
+    facts = describe(method)
+    return (
+        method.name, method.summary, method.base, _model_count(method), statistics_of(method),
+        "yes" if method.random else "", str(reads(facts["passes"])), _cost(facts["cost"]), method.advice,
+    )  # fmt: skip
+
+
+def statistics_of(method: Method) -> str:
+    """Whether statistics have to be given with the defaults of the first variant."""
+    if not method.statistics:
+        return ""
+    return "needed" if any(statistic.used(_defaults(method)) for statistic in method.statistics) else "optional"
+
+
+def _defaults(method: Method) -> dict[str, Any]:
+    variant = method.variants[0]
+    return {parameter.name: parameter.default_for(variant) for parameter in method.all_parameters}
+
+
+def reads(passes: dict[str, int]) -> int:
+    """How often the inputs are read: for the whole model, for each tensor, and for the output."""
+    return passes["whole_model"] + passes["per_tensor"] + 1
+
+
+def _cost(nanoseconds: float | None) -> str:
+    return "" if nanoseconds is None else f"{nanoseconds:g}"
 
 
 def _model_count(method: Method) -> str:
@@ -77,7 +119,9 @@ def _text(default: Any) -> str:
 
 
 def describe(method: Method) -> dict[str, Any]:
-    """A method as plain data. Passes are those of the defaults of the first variant."""
+    """A method as plain data. Passes are those of the defaults of the first variant; the cost is in ns per element."""
+    from ..methods.costs import cost_of
+
     return {
         "name": method.name,
         "title": method.title,
@@ -90,6 +134,7 @@ def describe(method: Method) -> dict[str, Any]:
         "statistics": [statistic.kind for statistic in method.statistics],
         "variants": list(method.variants),
         "passes": _passes(method),
+        "cost": cost_of(method.name),
         "parameters": [_describe_parameter(parameter, method) for parameter in method.all_parameters],
         "citation": {
             "authors": method.citation.authors,
@@ -101,9 +146,7 @@ def describe(method: Method) -> dict[str, Any]:
 
 
 def _passes(method: Method) -> dict[str, int]:
-    variant = method.variants[0]
-    defaults = {parameter.name: parameter.default_for(variant) for parameter in method.all_parameters}
-    whole, each = method.passes(defaults)
+    whole, each = method.passes(_defaults(method))
     return {"whole_model": whole, "per_tensor": each}
 
 
