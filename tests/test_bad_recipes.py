@@ -71,8 +71,6 @@ RECIPES = [
     ("an early stage", STAGE % ("one", "{a}") + "seed: x\n---\n" + STAGE % ("two", "one"), "seed must be an integer"),
     ("not yet: adapter", LINEAR + "models:\n- model: {a}+{b}\n  parameters: {{weight: 1}}\n",
      "is understood but not executed by this version"),
-    ("not yet: tokenizer", "tokenizer_source: union\n" + LINEAR + TWO % (1, 1),
-     "is understood but not executed by this version"),
 ]  # fmt: skip
 
 

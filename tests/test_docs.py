@@ -134,9 +134,6 @@ def test_recipes_of_the_manual_can_be_planned(block: Block, here: Path) -> None:
 
 MODELS = "models: [{model: m, parameters: {weight: 1}}]"
 REFUSED = {
-    "tokenizer": f"{MODELS}\ntokenizer: {{source: base}}",
-    "tokenizer_source": f"{MODELS}\ntokenizer_source: union",
-    "chat_template": f"{MODELS}\nchat_template: chatml",
     "adapters": "models: [{model: m+a, parameters: {weight: 1}}]",
     "override_architecture": "models: [{model: {model: m, override_architecture: A}, parameters: {weight: 1}}]",
     "residual_weight": "slices: [{sources: [{model: m, layer_range: [0, 1]}], residual_weight: 0.5}]",

@@ -36,7 +36,8 @@ def test_the_config_is_mergekits(folder: Path, tmp_path: Path, monkeypatch: pyte
     if case["entry"] in PROGRAMS:
         run(case["argv"], tmp_path / "out")
     else:
-        smelt.merge(folder / "config.yaml", tmp_path / "out")
+        cut = "--unsafe-truncate-embeddings" in case["argv"]
+        smelt.merge(folder / "config.yaml", tmp_path / "out", truncate_embeddings=cut)
     written, wanted = (config(path) for path in (tmp_path / "out" / "config.json", folder / "expected_config.json"))
     assert written == wanted | OURS.get(folder.name, {})
 

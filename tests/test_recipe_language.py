@@ -230,9 +230,7 @@ def test_an_inline_recipe_may_stand_for_a_model() -> None:
 # --- what is not executed yet ---------------------------------------------------------------------------
 
 LATER = [
-    ("tokenizer", MODELS + "tokenizer: {source: base}\n", "3:1: tokenizer "),
-    ("tokenizer_source", MODELS + "tokenizer_source: union\n", "3:1: tokenizer_source "),
-    ("chat_template", MODELS + "chat_template: chatml\n", "3:1: chat_template "),
+    ("adapter of a tokenizer", MODELS + "tokenizer_source: a+b\n", "3:19: an adapter (the part after +, or lora) "),
     ("adapter", HEAD + "models: [{model: a+b}]\n", "2:18: an adapter (the part after +, or lora) "),
     (
         "adapter of the base",

@@ -136,6 +136,8 @@ BAD: list[tuple[str, str, str]] = [
     ("token and id",
      MODELS + "tokenizer: {tokens: {x: {source: {kind: model_token, model: a, token: b, token_id: 1}}}}\n",
      r"3:64: kind: model_token takes exactly one of token and token_id"),
+    ("padding twice", MODELS + "tokenizer: {padding: keep, pad_to_multiple_of: 8}\n", r"3:13: padding and pad_to"),
+    ("force of nothing", MODELS + "tokenizer: {tokens: {x: {force: true}}}\n", r"3:26: force has nothing to put in"),
     ("zero of a model", MODELS + "tokenizer: {tokens: {x: {source: {kind: zero, model: a}}}}\n",
      r"3:47: model has no meaning"),
     ("force", MODELS + "tokenizer: {tokens: {x: {force: 2}}}\n", r"3:33: force: expected true or false, found 2"),

@@ -16,7 +16,7 @@ import stat
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -158,6 +158,17 @@ class _Stretch(io.RawIOBase):
         pread_into(self._descriptor, view[:count], self._start + self._place, self._path)
         self._place += count
         return count
+
+
+def pread_runs(descriptor: int, out: memoryview, offsets: Sequence[int], path: object = "file") -> None:
+    """Fill ``out`` with equally long runs of bytes, one from each offset: one call of the system for each."""
+    view = _bytes(out)
+    length = len(view) // max(1, len(offsets))
+    with _told("read", path):
+        for place, offset in enumerate(offsets):
+            part = view[place * length : (place + 1) * length]
+            if os.preadv(descriptor, [part], offset) != length:
+                pread_into(descriptor, part, offset, path)
 
 
 def pwrite_all(descriptor: int, data: memoryview, offset: int, path: object = "file") -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from .base import Checkpoint, FileIdentity, TensorInfo
 from .selection import ADAPTER
-from .source import load, load_adapter
+from .side import SideFiles
+from .source import load, load_adapter, side_folder
 from .writer import CheckpointWriter, Shard, plan_file, plan_shards
 
 __all__ = [
-    "ADAPTER", "Checkpoint", "CheckpointWriter", "FileIdentity", "Shard", "TensorInfo", "load", "load_adapter",
-    "plan_file", "plan_shards",
+    "ADAPTER", "Checkpoint", "CheckpointWriter", "FileIdentity", "Shard", "SideFiles", "TensorInfo", "load",
+    "load_adapter", "plan_file", "plan_shards", "side_folder",
 ]  # fmt: skip

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from ..kernels.dtypes import DTYPES
 from ..storage import FileIdentity as FileIdentity
+from .side import SideFiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,11 @@ class Checkpoint(ABC, Mapping[str, npt.NDArray[Any]]):
     folder: Path | None = None
     revision: str | None = None
 
+    @property
+    def side_files(self) -> Mapping[str, bytes]:
+        """The files beside the weights by name, each read when it is asked for."""
+        return SideFiles(self.folder)
+
     @abstractmethod
     def read(self, name: str, start: int, out: npt.NDArray[Any]) -> None:
         """Fill ``out`` (1-D, the dtype's storage type, C-contiguous) with elements start..start+len(out).
@@ -74,6 +80,11 @@ class Checkpoint(ABC, Mapping[str, npt.NDArray[Any]]):
         of less than a byte are read packed, as bytes, which ``start`` then counts.
         Thread-safe. Raises OperationFailed on an I/O error or a short file (names file, tensor, offset).
         """
+
+    def read_runs(self, name: str, starts: npt.NDArray[np.int64], out: npt.NDArray[Any]) -> None:
+        """Fill the rows of ``out`` (2-D, C-contiguous), each with elements from its start on. As :meth:`read`."""
+        for start, row in zip(starts.tolist(), out, strict=True):
+            self.read(name, start, row)
 
     @abstractmethod
     def check_unchanged(self) -> None:

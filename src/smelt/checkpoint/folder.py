@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from .. import storage
@@ -66,6 +67,10 @@ class FolderCheckpoint(Checkpoint):
     def read(self, name: str, start: int, out: npt.NDArray[Any]) -> None:
         info = self.tensors[name]
         self._files[info.file].read(info, start, out)
+
+    def read_runs(self, name: str, starts: npt.NDArray[np.int64], out: npt.NDArray[Any]) -> None:
+        info = self.tensors[name]
+        self._files[info.file].read_runs(info, starts, out)
 
     def check_unchanged(self) -> None:
         for file in self._files.values():

@@ -33,8 +33,8 @@ def switched_off() -> str | None:
     return next((name for name in switches if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")), None)
 
 
-def fetch(repository: str, revision: str | None) -> tuple[Path, str]:
-    """The local snapshot of a repository, downloaded where allowed, and its commit.
+def fetch(repository: str, revision: str | None, *, weights: bool = True) -> tuple[Path, str]:
+    """The local snapshot of a repository, downloaded where allowed, and its commit; side files alone if so wanted.
 
     Raises InputRejected when repository or revision does not exist, when it holds no safetensors, when it is
     not in the cache and the hub is out of reach, and when an interrupted download left it unfinished;
@@ -43,18 +43,18 @@ def fetch(repository: str, revision: str | None) -> tuple[Path, str]:
     where = show(repository if revision is None else f"{repository}@{revision}")
     if revision is not None and _REVISION.fullmatch(revision) is None:
         raise InputRejected(f"{where}: that is no name of a revision")
-    snapshot = Path(_asked(repository, revision, where))
+    snapshot = Path(_asked(repository, revision, where, weights))
     for name in storage.listdir(snapshot):
         present(snapshot / name)
     return snapshot, snapshot.name
 
 
-def _asked(repository: str, revision: str | None, where: str) -> str:
+def _asked(repository: str, revision: str | None, where: str, weights: bool) -> str:
     """Where the hub library put the snapshot; its errors become ours."""
     from huggingface_hub import errors
 
     try:
-        return _cached(repository, revision) if switched_off() else _downloaded(repository, revision, where)
+        return _cached(repository, revision) if switched_off() else _downloaded(repository, revision, where, weights)
     except SmeltError:
         raise
     except errors.LocalEntryNotFoundError as error:
@@ -82,7 +82,7 @@ def _cached(repository: str, revision: str | None) -> str:
     return found
 
 
-def _downloaded(repository: str, revision: str | None, where: str) -> str:
+def _downloaded(repository: str, revision: str | None, where: str, weights: bool) -> str:
     from huggingface_hub import HfApi, errors, snapshot_download
 
     try:
@@ -91,7 +91,7 @@ def _downloaded(repository: str, revision: str | None, where: str) -> str:
         raise
     except Exception:  # no connection, in the words of whatever HTTP client is used
         return _cached(repository, revision)
-    patterns = [glob.escape(name) for name in wanted(names, where)]
+    patterns = [glob.escape(name) for name in (wanted(names, where) if weights else side_files(names))]
     found: str = snapshot_download(repository, revision=revision, allow_patterns=patterns)
     return found
 
@@ -106,4 +106,9 @@ def wanted(names: Sequence[str], where: str) -> list[str]:
     if not weights:
         raise InputRejected(f"{where} {what_else(top)}")
     named = next((found for stem in STEMS if (found := [n for n in weights if n.startswith(stem)])), weights)
-    return sorted({*named, *(name for name in top if name.endswith(_SIDE_FILES))})
+    return sorted({*named, *side_files(top)})
+
+
+def side_files(names: Sequence[str]) -> list[str]:
+    """Those of a repository's files that are small and no weights, of its top folder only."""
+    return [name for name in names if "/" not in name and name.endswith(_SIDE_FILES)]

@@ -18,6 +18,7 @@ from math import prod
 from pathlib import Path, PurePath
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from .. import storage
@@ -75,6 +76,17 @@ class SafetensorsFile:
             raise ValueError(f"items {start} to {start + out.size} of {info} are outside of the tensor")
         try:
             storage.pread_into(self._descriptor, out.data, info.offset + offset, self.path)
+        except OperationFailed as error:
+            raise OperationFailed(f"tensor {show(info.name)}: {error}") from error
+
+    def read_runs(self, info: TensorInfo, starts: npt.NDArray[np.int64], out: npt.NDArray[Any]) -> None:
+        """Fill the rows of ``out`` (2-D), each from its own item on. Thread-safe."""
+        length = out.shape[1] * out.itemsize
+        offsets = starts * out.itemsize
+        if len(starts) and not 0 <= offsets.min() <= offsets.max() <= info.nbytes - length:
+            raise ValueError(f"runs of {out.shape[1]} items outside of {info}")
+        try:
+            storage.pread_runs(self._descriptor, out.data, (offsets + info.offset).tolist(), self.path)
         except OperationFailed as error:
             raise OperationFailed(f"tensor {show(info.name)}: {error}") from error
 

@@ -49,6 +49,19 @@ def load_adapter(folder: Path) -> Checkpoint:
     return FolderCheckpoint(folder, adapter=True)
 
 
+def side_folder(source: str, revision: str | None = None) -> tuple[Path, str | None]:
+    """Where the side files of a model lie (tokenizer, configs), which need not have weights, and a hub id's commit.
+
+    Of a hub id only these are downloaded. Raises as :func:`load`.
+    """
+    path = _path(source)
+    if storage.is_folder(path):
+        return _without_revision(path, revision), None
+    if storage.exists(path) or not hub.is_id(source):
+        raise InputRejected(f"{show(source, 1000)}: no such folder{_near(path)}")
+    return hub.fetch(source, revision, weights=False)
+
+
 def _path(text: str) -> Path:
     if not text:
         raise InputRejected("an empty name is no model: give a folder, a file or owner/name")

@@ -41,6 +41,10 @@ if TYPE_CHECKING:
 @click.option("--strict", is_flag=True, help="Warnings about the inputs are errors.")
 @click.option("--raw", is_flag=True, help="Bare tensors: no config, no layers, no ties, no side files.")
 @click.option("--stages", metavar="DIR", help="Keep the results of stages here, for a later run to find.")
+@click.option(
+    "--unsafe-truncate-embeddings", "truncate_embeddings", is_flag=True,
+    help="Cut embeddings of different vocabularies to their common length.",
+)  # fmt: skip
 @click.option("--card/--no-card", default=True, help="Write README.md, the model card.")
 @json_option
 @common
@@ -117,8 +121,27 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
             "threads": str(facts["threads"]),
         }
     )
+    if facts["vocabulary"]:
+        _show_vocabulary(facts["vocabulary"])
     for notice in facts["notices"]:
         print(f"note: {notice}", file=sys.stderr)
+
+
+def _show_vocabulary(facts: Mapping[str, Any]) -> None:
+    """How many tokens and rows, and where the rows of new or forced tokens come from."""
+    pairs = {"tokenizer": f"of {plain(facts['donor'])}: {facts['tokens']} tokens in {facts['rows']} rows"}
+    if facts["added"] or facts["removed"]:
+        pairs["changed"] = f"{facts['added']} tokens added, {facts['removed']} removed"
+    print_pairs(pairs)
+    if facts["origins"]:
+        print()
+        print_table((">tokens", "such as", "rows come from"), [_origin(origin) for origin in facts["origins"]])
+
+
+def _origin(origin: Mapping[str, Any]) -> tuple[str, ...]:
+    words = " ".join(map(show, origin["tokens"])) + (" ..." if origin["count"] > len(origin["tokens"]) else "")
+    models = ", ".join(f"{plain(model)}: {plain(place)}" for model, place in origin["models"].items())
+    return str(origin["count"]), words, models
 
 
 def _row(row: Mapping[str, Any]) -> tuple[str, ...]:

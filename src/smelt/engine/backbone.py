@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
@@ -92,8 +92,13 @@ def _median(parts: Products, wholes: Products) -> float:
     return float(np.median(parts[usable] / wholes[usable])) if usable.any() else float("nan")
 
 
-def compare_backbones(models: Sequence[Checkpoint], base: Checkpoint | None) -> list[Finding]:
+def compare_backbones(
+    models: Sequence[Checkpoint], base: Checkpoint | None, aligned: Container[str] = frozenset()
+) -> list[Finding]:
     """Whether ``models`` can be merged (on ``base``) as far as sampled weights, configs and tokenizers tell.
+
+    ``aligned``: tensors whose rows are matched by token, and not by position as they lie here; where there are
+    some, tokenizers may differ.
 
     Errors: ``different-backbone`` and those of :func:`compare_configs` and :func:`compare_vocabularies`.
     Warnings: ``zero-delta`` (a model equals the base), ``duplicate`` (two models are equal). Note:
@@ -103,8 +108,8 @@ def compare_backbones(models: Sequence[Checkpoint], base: Checkpoint | None) -> 
     everyone = [*([base] if base is not None else []), *models]
     if len(everyone) < 2:
         return []
-    weights = judge(measure(everyone), base is not None)
-    return [*weights, *compare_configs(everyone), *compare_vocabularies(everyone)]
+    weights = judge(measure(everyone, aligned), base is not None)
+    return [*weights, *compare_configs(everyone), *(() if aligned else compare_vocabularies(everyone))]
 
 
 def judge(likeness: Likeness, has_base: bool) -> list[Finding]:
@@ -169,9 +174,12 @@ def _evidence(likeness: Likeness) -> dict[str, int]:
 # --- the sample -----------------------------------------------------------------------------------------
 
 
-def measure(checkpoints: Sequence[Checkpoint]) -> Likeness:
+def measure(checkpoints: Sequence[Checkpoint], without: Container[str] = frozenset()) -> Likeness:
     """Sample the same elements of all ``checkpoints`` and multiply the samples with each other."""
-    matrices, vectors = (sampled_tensors(checkpoints, kind) for kind in (_is_matrix, _is_vector))
+    matrices, vectors = (
+        [name for name in sampled_tensors(checkpoints, kind) if name not in without]
+        for kind in (_is_matrix, _is_vector)
+    )
     names = [*matrices, *vectors]
     with ThreadPoolExecutor(len(checkpoints), thread_name_prefix="smelt-sample") as pool:
         samples = list(pool.map(lambda checkpoint: _samples(checkpoint, names), checkpoints))

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from ..architecture import role_of
+from ..architecture.config import sections
 from ..kernels.dtypes import DTYPES, name_of
 from .inputs import read_config
 from .planning import Plan
@@ -24,6 +25,7 @@ def patched_config(plan: Plan) -> bytes | None:
     _set_dtype(plan, config)
     _set_layers(plan, config)
     _untie(plan, config)
+    config = _with_vocabulary(plan, config)
     if json.dumps(config) == before:
         return raw
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
@@ -57,6 +59,18 @@ def _untie(plan: Plan, config: dict[str, Any]) -> None:
     """A head that is stored must be read: a config that ties it would ignore it."""
     if config.get("tie_word_embeddings") and any(role_of(output.name) == "head" for output in plan.outputs):
         config["tie_word_embeddings"] = False
+
+
+def _with_vocabulary(plan: Plan, config: dict[str, Any]) -> dict[str, Any]:
+    """The number of rows wherever the donor's was stated, and token ids of the output's vocabulary."""
+    tokens, donor = plan.tokens, plan.inputs.donor
+    if tokens is None or tokens.lexicon is None:
+        return config
+    stated = [(path, section["vocab_size"]) for path, section in sections(config) if "vocab_size" in section]
+    same = [path for path, size in stated if size == donor.vocabulary_rows]
+    for path in same or [path for path, _ in stated[:1]]:
+        _put(config, (*path, "vocab_size"), tokens.rows)
+    return tokens.remapped(config, [])
 
 
 def _put(config: dict[str, Any], path: tuple[str, ...], value: Any) -> None:

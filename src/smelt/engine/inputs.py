@@ -12,7 +12,8 @@ from typing import Any
 
 from .. import storage
 from ..architecture import Structure
-from ..checkpoint import Checkpoint, load
+from ..architecture.config import vocabulary_sizes
+from ..checkpoint import Checkpoint, SideFiles, load, side_folder
 from ..errors import InputRejected, SmeltError, show
 from ..kernels.dtypes import DTYPES
 from ..recipe import InputModel, ModelReference, Recipe
@@ -44,6 +45,20 @@ class Input:
     def label(self) -> str:
         return self.reference.text
 
+    @cached_property
+    def vocabulary_rows(self) -> int | None:
+        """How many rows the embedding of tokens has (the largest, of several); None without one."""
+        found = [self.checkpoint.tensors[name].shape[0] for name in self.structure.vocabulary.embeddings]
+        return max(found, default=None)
+
+    def has_tokens(self, name: str) -> bool:
+        """Whether a tensor has a row per token: not what embeds a few codes beside the words."""
+        axis = None if self.raw else self.structure.vocabulary_axis(name)
+        if axis is None or self.vocabulary_rows is None:
+            return False
+        stated = vocabulary_sizes(self.checkpoint.config)
+        return self.checkpoint.tensors[name].shape[axis] >= min(stated | {self.vocabulary_rows})
+
     @property
     def is_local(self) -> bool:
         return self.checkpoint.revision is None
@@ -73,18 +88,35 @@ class Inputs:
         """``places``: where a name of the recipe leads, other than to a path or the hub. ``raw``: bare tensors."""
         self.ledger = Ledger()
         problems: list[str] = []
-        self._by_text = _opened(recipe.references(), "", problems, places, raw)
+        lenders = recipe.vocabulary.lenders() if recipe.vocabulary is not None else ()
+        self._by_text = _opened((*recipe.references(), *lenders), "", problems, places, raw)
         self.beside = _opened(recipe.statistics(), "statistics ", problems, places)
         self._statistics = {text: Statistics(item.checkpoint, self.ledger) for text, item in self.beside.items()}
         InputRejected.gather(dict.fromkeys(problems))
         first = recipe.base_model or next(recipe.references())
         self.donor = self._by_text[first.text]
+        #: Without those that lend single rows of their embedding only.
+        self.merged = tuple(self._by_text[text] for text in dict.fromkeys(r.text for r in recipe.references()))
+        self._places = places
+        self._tokenizers: dict[str, Path] = {}
+
+    def __contains__(self, reference: object) -> bool:
+        return isinstance(reference, ModelReference) and reference.text in self._by_text
 
     def __getitem__(self, reference: ModelReference) -> Input:
         return self._by_text[reference.text]
 
     def __iter__(self) -> Iterator[Input]:
         return iter(self._by_text.values())
+
+    def side_files(self, reference: ModelReference) -> Mapping[str, bytes]:
+        """Of a model that lends its tokenizer alone, which needs no weights."""
+        if reference.revision is None and reference.path in self._places:
+            return _load(reference, reference.text, self._places).side_files
+        folder, commit = side_folder(reference.path, reference.revision)
+        if commit is None:
+            self._tokenizers[reference.text] = folder
+        return SideFiles(folder)
 
     def statistics(self, entry: InputModel | None) -> Statistics | None:
         """What is given beside a model."""
@@ -95,11 +127,12 @@ class Inputs:
         yield from self.beside.values()
 
     def folders(self) -> list[Path]:
-        return [item.checkpoint.folder for item in self._all() if item.checkpoint.folder is not None]
+        found = [item.checkpoint.folder for item in self._all() if item.checkpoint.folder is not None]
+        return [*found, *self._tokenizers.values()]
 
     def local_paths(self) -> list[str]:
         """How the recipe names what lies on this machine."""
-        return [item.label for item in self._all() if item.is_local]
+        return [*(item.label for item in self._all() if item.is_local), *self._tokenizers]
 
     def notices(self) -> list[str]:
         """What is odd about the files, and what was not understood of the models in them."""
@@ -156,23 +189,6 @@ def quantised(item: Input) -> Iterator[str]:
                 "dequantise the model first, this version merges float64, float32, float16 and bfloat16"
             )
             return
-
-
-#: Side files that travel with the weights, from the donor. The rest is left behind and said.
-SIDE_FILES = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
-    "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json", "preprocessor_config.json",
-    "processor_config.json", "video_preprocessor_config.json", "feature_extractor_config.json",
-)  # fmt: skip
-
-
-def side_files(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """Tokenizer, generation and preprocessor files of a model, by name."""
-    if checkpoint.folder is None:
-        return {}
-    present = set(storage.listdir(checkpoint.folder))
-    return {name: storage.read_small(checkpoint.folder / name, 1 << 30) for name in SIDE_FILES if name in present}
 
 
 def read_config(checkpoint: Checkpoint) -> bytes | None:

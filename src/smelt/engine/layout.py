@@ -13,10 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..architecture import Module, Stack, Structure, module_of, parts
+from ..checkpoint import TensorInfo
 from ..errors import InputRejected, UsageError, show
 from ..methods import Method
 from ..recipe import InputModel, ModelReference, OutputModule, OutputSlice, Recipe, did_you_mean
+from .gather import GatheredOperand
 from .inputs import Input, Inputs
+from .operands import CheckpointOperand, Ledger
 from .parameters import check_counts
 from .views import View
 
@@ -25,11 +28,35 @@ OnExtra = Literal["error", "copy", "drop", "merge"]
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """One model's tensor that goes into an output tensor; ``entry`` is the model's place in the recipe."""
+    """One model's tensor that goes into an output tensor; ``entry`` is the model's place in the recipe.
+
+    ``gathered``: its rows in the order of the output's vocabulary, where that is another one.
+    """
 
     input: Input
     name: str
     entry: InputModel | None
+    gathered: GatheredOperand | None = None
+
+    def operand(self, ledger: Ledger | None) -> CheckpointOperand | GatheredOperand:
+        """What is read of it."""
+        return self.gathered or self.input.operand(self.name, ledger)
+
+    @property
+    def _stated(self) -> TensorInfo | GatheredOperand:
+        return self.gathered or self.input.checkpoint.tensors[self.name]
+
+    @property
+    def dtype(self) -> str:
+        return self._stated.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._stated.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self._stated.nbytes
 
 
 @dataclass(frozen=True, eq=False)

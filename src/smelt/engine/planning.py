@@ -20,16 +20,25 @@ from ..kernels.dtypes import DTYPES
 from ..kernels.program import Operand
 from ..methods import Method, Tensor, get
 from ..recipe import Recipe, not_yet, parse, parse_mapping
-from .inputs import Inputs, Places, side_files
+from .alignment import Alignment, align, truncate
+from .inputs import Inputs, Places
 from .layout import Layout, Piece, Source, layout
 from .options import BASELINE, SHARD_SIZE, Options
 from .parameters import check_counts, parts_problems
 from .parts import parts_of
 from .settings import Resolver, check_lines, check_settings, unmatched_filters, whole_model_values, with_lines
+from .side_files import id_notices, side_files
 from .statistics import Finder, Member, stored_bytes
 from .tiles import TILE
+from .tokenizing import plan_tokens
+from .tokens import Tokens
 from .types import common_dtype
 from .views import contains
+
+#: What to do where models have different tokens.
+_ALIGN = (
+    "vocabularies differ; tokenizer_source: base keeps the base's tokens, tokenizer_source: union those of all models"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +66,7 @@ class Output:
     @property
     def input_bytes(self) -> int:
         """Of weights and statistics, as they are stored."""
-        weights = sum(source.input.checkpoint.tensors[source.name].nbytes for source in self.piece.sources)
+        weights = sum(source.nbytes for source in self.piece.sources)
         return weights + stored_bytes(self.statistics)
 
     @property
@@ -84,6 +93,8 @@ class Plan:
     layout: Layout
     outputs: tuple[Output, ...]
     notices: list[str] = field(default_factory=list)
+    tokens: Tokens | None = None
+    alignment: Alignment | None = None
     stages: tuple[Plan, ...] = ()
     paths: tuple[str, ...] = ()
     measured: tuple[tuple[str, dict[str, float]], ...] = ()
@@ -113,21 +124,23 @@ class Plan:
     @property
     def disk_needed(self) -> int:
         """Weights with their headers, and the side files; those of the stages too."""
-        own = self.bytes_written + 512 * len(self.outputs) + sum(map(len, self._side_files().values())) + (1 << 20)
+        own = self.bytes_written + 512 * len(self.outputs) + sum(map(len, self.side_files().values())) + (1 << 20)
         return own + sum(stage.disk_needed for stage in self.stages)
 
-    def _side_files(self) -> Mapping[str, bytes]:
-        return side_files(self.inputs.donor.checkpoint)
+    def side_files(self) -> dict[str, bytes]:
+        """What is written beside the weights, but for config, card and manifest."""
+        return side_files(self.inputs.donor.checkpoint, self.tokens)
 
     @property
     def peak_memory(self) -> int:
-        """Expected resident memory in bytes: the process itself and the tiles in flight."""
+        """Expected resident memory in bytes: the process itself, vocabularies, and the tiles in flight."""
         most = max((self._tile_bytes(output) for output in self.outputs), default=0)
-        return BASELINE + self.options.threads * most
+        vocabulary = 0 if self.tokens is None else self.tokens.memory
+        return BASELINE + vocabulary + self.options.threads * most
 
     def _tile_bytes(self, output: Output) -> int:
         """Memory that one thread needs for one tile: the operands, the result, and as much again in counters."""
-        operands = sum(source.input.checkpoint.tensors[source.name].nbytes for source in output.piece.sources)
+        operands = sum(source.nbytes for source in output.piece.sources)
         beside = sum(operand.count * DTYPES[operand.dtype].bits // 8 for operand in output.statistics)
         row, more = (1, 0) if output.tensor is None else self.method.holds(output.tensor)
         held = min(output.count, TILE + row - 1)
@@ -144,7 +157,18 @@ class Plan:
             "bytes_read": self.bytes_read, "bytes_written": self.bytes_written, "disk_needed": self.disk_needed,
             "peak_memory": self.peak_memory, "threads": self.options.threads, "device": self.options.device,
             "inputs": [item.label for item in self.inputs], "statistics": list(self.inputs.beside),
-            "stages": [stage.as_dict() for stage in self.stages], "notices": self.notices, "rows": self.rows(),
+            "vocabulary": self.vocabulary(), "stages": [stage.as_dict() for stage in self.stages],
+            "notices": self.notices, "rows": self.rows(),
+        }  # fmt: skip
+
+    def vocabulary(self) -> dict[str, Any] | None:
+        """Tokens, rows and where rows come from that not all models have; None where nothing is aligned."""
+        if self.tokens is None or self.tokens.lexicon is None or self.alignment is None:
+            return None
+        return {
+            "donor": self.tokens.donor.label, "tokens": len(self.tokens.lexicon.ids), "rows": self.tokens.rows,
+            "added": len(self.tokens.lexicon.added), "removed": len(self.tokens.lexicon.removed),
+            "origins": [origin.as_dict() for origin in self.alignment.origins],
         }  # fmt: skip
 
     def rows(self) -> list[dict[str, Any]]:
@@ -239,6 +263,8 @@ def _planned(recipe: Recipe, method: Method, options: Options, inputs: Inputs) -
     inputs.refuse_quantised()
     _widen(inputs, options)
     chart = layout(recipe, inputs, method, options.on_extra)
+    tokens, alignment = _tokens(recipe, inputs, chart, options)
+    chart = replace(chart, pieces=alignment.pieces) if alignment is not None else chart
     resolver = Resolver(recipe, method)
     seed = options.seed if options.seed is not None else (recipe.seed or 0)
     finder = Finder(method)
@@ -261,12 +287,29 @@ def _planned(recipe: Recipe, method: Method, options: Options, inputs: Inputs) -
     if recipe.in_parts:
         pairs = zip(outputs, chart.pieces, strict=True)
         outputs = [part for output, piece in pairs for part in _parts(method, output, piece)]
+    notices += [*tokens.notices, *id_notices(inputs.donor.checkpoint, tokens)] if tokens is not None else []
+    notices += alignment.notices if alignment is not None else ()
     made = Plan(
         recipe, method, resolver.variant, seed, options, inputs, chart, tuple(outputs), notices,
+        tokens=None if tokens is None else replace(tokens, known={}), alignment=alignment,
         measured=resolver.measured(),
     )  # fmt: skip
     UsageError.gather(_memory_problems(made))
     return made
+
+
+def _tokens(recipe: Recipe, inputs: Inputs, chart: Layout, options: Options) -> tuple[Tokens | None, Alignment | None]:
+    """The output's tokenizer where it is not the donor's as it is, and the tensors aligned to its vocabulary."""
+    if options.raw:
+        asked = [key for key in ("tokenizer", "tokenizer_source", "chat_template") if key in recipe.where]
+        UsageError.gather(f"{key} has no meaning for bare tensors: leave it out, or merge without raw" for key in asked)
+    if options.truncate_embeddings and (options.raw or recipe.vocabulary is not None):
+        why = "for bare tensors" if options.raw else "beside a tokenizer section, which aligns the rows"
+        raise UsageError(f"truncate_embeddings has no effect {why}")
+    tokens = None if options.raw else plan_tokens(recipe, inputs, keep_rows=options.truncate_embeddings)
+    if options.truncate_embeddings:
+        return tokens, truncate(chart.pieces, inputs)
+    return tokens, align(chart.pieces, tokens, inputs) if tokens is not None and tokens.lexicon is not None else None
 
 
 def _parts(method: Method, output: Output, piece: Piece) -> list[Output]:
@@ -283,7 +326,7 @@ def _parts(method: Method, output: Output, piece: Piece) -> list[Output]:
 
 def _widen(inputs: Inputs, options: Options) -> None:
     """A text model that is merged with one that also sees: the result is of the second kind."""
-    wider = [item for item in inputs if item is not inputs.donor and contains(item, inputs.donor)]
+    wider = [item for item in inputs.merged if item is not inputs.donor and contains(item, inputs.donor)]
     if wider and options.on_extra != "drop":
         inputs.donor = wider[0]
 
@@ -307,11 +350,11 @@ def _output(
     layers: Layers,
 ) -> Output:  # fmt: skip
     """One output tensor: what it is made of, in which dtype. ``layers``: of the stacks whose depth is new."""
-    infos = [source.input.checkpoint.tensors[source.name] for source in piece.sources]
-    piece = _decided(recipe, piece, method, resolver, [info.dtype for info in infos])
-    dtype = _dtype(recipe, [info.dtype for info in infos])
+    codes, shape = [source.dtype for source in piece.sources], piece.sources[0].shape
+    piece = _decided(recipe, piece, method, resolver, codes)
+    dtype = _dtype(recipe, codes)
     tensor = None if piece.action == "copy" else _tensor(method, piece, resolver, inputs, finder, seed, layers)
-    return Output(piece.name, dtype, infos[0].shape, piece, tensor)
+    return Output(piece.name, dtype, shape, piece, tensor)
 
 
 def _dtype(recipe: Recipe, codes: Sequence[str]) -> str:
@@ -360,11 +403,11 @@ def _tensor(
     base, merged = _split(method, piece)
     shared = resolver.shared(piece)
     members = [_member(source, inputs) for source in (*merged, *([base] if base is not None else []))]
-    shape = piece.sources[0].input.checkpoint.tensors[piece.sources[0].name].shape
+    shape = piece.sources[0].shape
     return Tensor(
         name=piece.name,
-        base=None if base is None else base.input.operand(base.name, inputs.ledger),
-        models=tuple(source.input.operand(source.name, inputs.ledger) for source in merged),
+        base=None if base is None else base.operand(inputs.ledger),
+        models=tuple(source.operand(inputs.ledger) for source in merged),
         shared=shared,
         each=resolver.each(piece, merged),
         seed=seed,
@@ -374,7 +417,7 @@ def _tensor(
 
 
 def _member(source: Source, inputs: Inputs) -> Member:
-    return Member(source.input.label, source.name, inputs.statistics(source.entry))
+    return Member(source.input.label, source.name, inputs.statistics(source.entry), source.gathered is not None)
 
 
 def _role(piece: Piece, layers: Layers) -> TensorRole | None:
@@ -396,15 +439,14 @@ def _split(method: Method, piece: Piece) -> tuple[Source | None, tuple[Source, .
 
 def _shape_problems(output: Output) -> list[str]:
     """Sources of one tensor that differ in shape or in kind."""
-    infos = {s.input.label: s.input.checkpoint.tensors[s.name] for s in output.piece.sources}
-    if len({info.shape for info in infos.values()}) > 1:
-        shapes = ", ".join(f"{label} {list(info.shape)}" for label, info in infos.items())
+    sources = {source.input.label: source for source in output.piece.sources}
+    if len({source.shape for source in sources.values()}) > 1:
+        shapes = ", ".join(f"{label} {list(source.shape)}" for label, source in sources.items())
         first = output.piece.sources[0]
-        axis = first.input.structure.vocabulary_axis(first.name)
-        hint = "" if axis is None else ": vocabularies differ, which needs a tokenizer section (a later version)"
+        hint = f": {_ALIGN}" if first.input.has_tokens(first.name) else ""
         return [f"tensor {show(output.name)}: shapes differ: {shapes}{hint}"]
-    kinds = {DTYPES[info.dtype].arithmetic for info in infos.values()}
+    kinds = {DTYPES[source.dtype].arithmetic for source in sources.values()}
     if len(kinds) > 1:
-        dtypes = ", ".join(f"{label} {info.dtype}" for label, info in infos.items())
+        dtypes = ", ".join(f"{label} {source.dtype}" for label, source in sources.items())
         return [f"tensor {show(output.name)}: floating in some models and not in others: {dtypes}"]
     return []

@@ -19,12 +19,13 @@ from ..methods.parts import restored
 from ..methods.tensors import identity
 from .device import mapper_for
 from .execute import Executor, Job, Sink, usable_cores
-from .inputs import read_config, side_files
+from .inputs import read_config
 from .manifest import NAME, dump, manifest, sums_of
 from .memory import ArraySink
 from .operands import CheckpointOperand
 from .options import SHARD_SIZE
 from .publish import check_destination, check_space, staging
+from .side_files import side_files
 from .sink import write_tensors
 
 

@@ -19,7 +19,8 @@ from .card import card, is_hub_id, public_name, without_paths
 from .config import patched_config
 from .device import mapper_for
 from .execute import Executor, Job, Steps
-from .inputs import identity, licence_of, side_files
+from .findings import Finding
+from .inputs import identity, licence_of
 from .manifest import NAME, dump, manifest, sums_of
 from .options import options_of
 from .planning import Output, Plan, RecipeLike, make_plan
@@ -65,7 +66,8 @@ def merge(
         ("error", "copy", "drop", "merge": a tensor that only some models have), on_nonfinite ("error", "warn",
         "allow"), force (merge models that do not share a backbone), strict (warnings are errors), card, raw
         (bare tensors: no config, layers, ties or side files), stages (a folder that keeps the results of the
-        recipes that others take, for a later run; by default they do not last).
+        recipes that others take, for a later run; by default they do not last), truncate_embeddings (cut
+        embeddings of different vocabularies to their common length).
 
     Raises UsageError, InputRejected or OperationFailed; then ``out`` does not exist.
     """
@@ -126,16 +128,19 @@ def _check_before_running(plan: Plan, out: Path) -> list[str]:
 def _check_backbones(plan: Plan) -> list[str]:
     """Refuse models of different descent unless forced; returns what is only worth a warning.
 
-    Stacking layers of strangers is what people do on purpose, so with slices it is a warning at most.
+    Stacking layers of strangers is what people do on purpose, so with slices it is a warning at most; and so it
+    is where the recipe aligns vocabularies that differ by more than a few added tokens.
     """
     if plan.method.max_models == 1 and plan.method.base == "ignored":
         return []
     base = plan.inputs[plan.recipe.base_model] if plan.recipe.base_model is not None else None
-    seen = alike(plan.inputs, plan.inputs.donor)
-    models = [seen[item.label] for item in plan.inputs if item is not base]
-    findings = compare_backbones(models, seen[base.label] if base is not None else None)
-    errors = [finding.message for finding in findings if finding.severity == "error"]
-    if errors and not any(plan.recipe.output_slices()) and not plan.options.force:
+    seen = alike(plan.inputs.merged, plan.inputs.donor)
+    models = [seen[item.label] for item in plan.inputs.merged if item is not base]
+    aligned = plan.alignment.names if plan.alignment is not None else frozenset()
+    findings = compare_backbones(models, seen[base.label] if base is not None else None, aligned)
+    errors = [finding.message + _remedy(finding) for finding in findings if finding.severity == "error"]
+    on_purpose = any(plan.recipe.output_slices()) or (plan.tokens is not None and plan.tokens.strangers)
+    if errors and not on_purpose and not plan.options.force:
         InputRejected.gather([*errors[:-1], f"{errors[-1]} (--force merges them all the same)"])
     warnings = [finding.message for finding in findings if finding.severity == "warning"]
     if plan.options.strict:
@@ -143,17 +148,22 @@ def _check_backbones(plan: Plan) -> list[str]:
     return [*errors, *warnings]
 
 
+def _remedy(finding: Finding) -> str:
+    align = "; tokenizer_source: base, or union, merges each token with itself"
+    return align if finding.code == "tokens-differ" else ""
+
+
 def _differing_integers(output: Output) -> list[str]:
     """Integer tensors are copied, so all models must have the same."""
     sources = output.piece.sources
     if output.tensor is not None or len(sources) < 2:
         return []
-    first = read_whole(sources[0].input.operand(sources[0].name, None))
+    first = read_whole(sources[0].operand(None))
     return [
         f"tensor {show(output.name)} ({output.dtype}) is not merged but copied, and differs between "
         f"{sources[0].input.label} and {source.input.label}"
         for source in sources[1:]
-        if (read_whole(source.input.operand(source.name, None)) != first).any()
+        if (read_whole(source.operand(None)) != first).any()
     ]
 
 
@@ -176,6 +186,9 @@ def _execute(plan: Plan, sink: DiskSink, progress: Progress, warn: Callable[[str
     with Executor(sink, mapper, threads=options.threads, progress=progress) as executor:
         outputs = _surveyed(plan, executor)
         executor.run([_job(plan, output) for output in sorted(outputs, key=_disk_order)])
+    for gathered in (source.gathered for output in plan.outputs for source in output.piece.sources):
+        if gathered is not None:
+            gathered.fingerprint()
 
 
 def _surveyed(plan: Plan, executor: Executor) -> Sequence[Output]:
@@ -198,7 +211,7 @@ def _disk_order(output: Output) -> tuple[str, int]:
 
 
 def _job(plan: Plan, output: Output) -> Job:
-    operands = [source.input.operand(source.name, plan.inputs.ledger) for source in output.piece.sources]
+    operands = [source.operand(plan.inputs.ledger) for source in output.piece.sources]
     tensor = output.tensor
     if tensor is None:
         return Job(output.name, output.dtype, output.count, operands[:1], lambda: Copy(operands[0]))
@@ -234,7 +247,7 @@ def _write_side_files(plan: Plan, folder: Path, title: str, tensors: dict[str, A
 
 
 def _model_files(plan: Plan, title: str, notices: Sequence[str]) -> dict[str, bytes]:
-    files = side_files(plan.inputs.donor.checkpoint)
+    files = plan.side_files()
     config = patched_config(plan)
     if config is not None:
         files["config.json"] = config
@@ -245,13 +258,13 @@ def _model_files(plan: Plan, title: str, notices: Sequence[str]) -> dict[str, by
 
 def _card(plan: Plan, title: str, notices: Sequence[str]) -> str:
     base = plan.recipe.base_model
-    items = [item for item in plan.inputs if base is None or item.label != base.text]
+    items = [item for item in plan.inputs.merged if base is None or item.label != base.text]
     return card(
         title=title,
         method=plan.method,
         base=None if base is None else public_name(base.text, plan.inputs[base].is_local),
         models=[public_name(item.label, item.is_local) for item in items],
-        hub_ids=[item.label for item in plan.inputs if not item.is_local and is_hub_id(item.label)],
+        hub_ids=[item.label for item in plan.inputs.merged if not item.is_local and is_hub_id(item.label)],
         license_name=licence_of(plan.inputs),
         recipe=_public(plan, plan.recipe.text),
         notices=notices,

@@ -14,6 +14,7 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ from .. import storage
 from .._version import __version__
 from ..checkpoint import Checkpoint, TensorInfo
 from ..errors import OperationFailed, UsageError, show
-from ..recipe import Stage, in_order
+from ..recipe import ModelReference, Recipe, Stage, in_order
 from .config import patched_config
-from .inputs import Input, Places, side_files
+from .inputs import Input, Places
 from .options import Options, options_of
 from .planning import Plan, RecipeLike, make_plan, read_recipes
 
@@ -42,7 +43,8 @@ def plan(recipe: RecipeLike, *, models: Mapping[str, Any] | None = None, **optio
 def stages_of(recipe: RecipeLike, models: Mapping[str, Any]) -> list[Stage]:
     """The stages of a recipe, the output last. UsageError for ``models`` that it does not name."""
     stages = in_order(read_recipes(recipe))
-    named = {reference.path for stage in stages for reference in stage.recipe.references()}
+    recipes = [stage.recipe for stage in stages]
+    named = {each.path for recipe in recipes for each in (*recipe.references(), *recipe.token_references())}
     taken = {stage.name for stage in stages[:-1]}
     UsageError.gather(
         f"models: {show(name)} is a document of the recipe" if name in taken
@@ -71,11 +73,15 @@ def plan_stages(stages: Sequence[Stage], options: Options, models: Places) -> Pl
 def local_paths(stages: Sequence[Stage]) -> tuple[str, ...]:
     """What the recipes of all stages name that is a path on this machine: no output may tell where it is."""
     recipes = [stage.recipe for stage in stages]
-    named = {each.path for recipe in recipes for each in (*recipe.references(), *recipe.statistics())}
+    named = {each.path for recipe in recipes for each in _named(recipe)}
     settings = [placed.setting for recipe in recipes for placed in recipe.all_settings()]
     words = (entry.value for setting in settings for entry in setting.values())
     named |= {word for word in words if isinstance(word, str) and "/" in word}
     return tuple(sorted(path for path in named if storage.exists(Path(path).expanduser())))
+
+
+def _named(recipe: Recipe) -> Iterator[ModelReference]:
+    return chain(recipe.references(), recipe.statistics(), recipe.token_references())
 
 
 class Promised(Checkpoint):
@@ -85,7 +91,12 @@ class Promised(Checkpoint):
         self.label = label
         outputs = sorted(plan.outputs, key=lambda output: output.name)
         self.tensors = {output.name: TensorInfo(output.name, output.dtype, output.shape) for output in outputs}
-        self.config = json.loads(patched_config(plan) or b"{}")
+        self._files = plan.side_files() | {"config.json": patched_config(plan) or b"{}"}
+        self.config = json.loads(self._files["config.json"])
+
+    @property
+    def side_files(self) -> Mapping[str, bytes]:
+        return self._files
 
     def read(self, name: str, start: int, out: npt.NDArray[Any]) -> None:
         raise OperationFailed(f"{self.label} has not been made yet")
@@ -111,11 +122,12 @@ def workplace(out: Path, options: Options) -> Iterator[Path]:
 
 def home_of(stage: Stage, plan: Plan, work: Path) -> Path:
     """The folder of a stage's result, named by what the result depends on."""
-    options, donor = plan.options, plan.inputs.donor.checkpoint
+    options = plan.options
     made_of = [
         __version__, stage.recipe.text, plan.seed, options.on_extra, options.on_nonfinite, options.raw, plan.shard_size,
+        options.truncate_embeddings,
         [_identity(item) for item in (*plan.inputs, *plan.inputs.beside.values())],
-        {name: hashlib.sha256(data).hexdigest() for name, data in side_files(donor).items()},
+        {name: hashlib.sha256(data).hexdigest() for name, data in plan.side_files().items()},
     ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
     return work / f"{re.sub(r'[^A-Za-z0-9._-]', '_', stage.name)[:60]}-{digest[:16]}"

@@ -119,11 +119,15 @@ class Statistics:
 
 
 class Member(NamedTuple):
-    """One model of a merge: what to call it, what it calls the tensor, and the statistics given beside it."""
+    """One model of a merge: what to call it, what it calls the tensor, and the statistics given beside it.
+
+    ``aligned``: the tensor's rows are in the order of another vocabulary, the statistic's are not.
+    """
 
     model: str
     tensor: str
     statistics: Statistics | None
+    aligned: bool = False
 
 
 class Finder:
@@ -182,6 +186,11 @@ class Finder:
             assert member.statistics is not None
             if operand is None and not lenient:
                 self._missing[member.statistics.label, statistic.kind].append(member.tensor)
+            elif operand is not None and member.aligned and statistic.shape == "tensor":
+                self._misfits.append(
+                    f"{operand.label}: the rows of {show(operand.name)} are those of {member.model}'s own tokens, and "
+                    "statistics are not aligned by token: merge models with one vocabulary, or leave the tensor out"
+                )
             elif operand is not None and _fits(operand, statistic, shape):
                 complete.append(operand)
             elif operand is not None:

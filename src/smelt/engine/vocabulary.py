@@ -6,19 +6,13 @@ the mean of two unrelated tokens, and no shape shows it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-from .. import storage
 from ..checkpoint import Checkpoint
-from ..errors import show
+from ..errors import InputRejected, show
+from ..tokenizer import Vocabulary, parse_vocabulary, stored_vocabulary
 from .findings import Finding
 
-#: Files that hold a whole vocabulary; the first one that a folder has counts.
-_FILES = ("tokenizer.json", "vocab.json")
-_LARGEST_FILE = 1 << 28  # bytes
 _EXAMPLES = 3
 
 
@@ -29,54 +23,25 @@ def compare_vocabularies(checkpoints: Sequence[Checkpoint]) -> list[Finding]:
     special tokens differ (``special-tokens-differ``), one has more tokens (``vocabulary-sizes-differ``), or a
     file is not of a layout that is known (``tokenizer-unreadable``).
     """
-    stored = {checkpoint.label: _content(checkpoint) for checkpoint in checkpoints}
+    stored = {checkpoint.label: stored_vocabulary(checkpoint.side_files) for checkpoint in checkpoints}
     files = {label: file for label, file in stored.items() if file is not None}
     if len(set(files.values())) < 2:
         return []
     read, found = [], []
     for label, (name, content) in files.items():
         try:
-            read.append((label, _Vocabulary(name, content)))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            text = f"{show(label)}: {name} is not a tokenizer of a known layout: {show(error, 80)}"
-            found.append(Finding("warning", "tokenizer-unreadable", (label,), text))
+            read.append((label, parse_vocabulary(name, content)))
+        except InputRejected as error:
+            found.append(Finding("warning", "tokenizer-unreadable", (label,), f"{show(label)}: {error}"))
     for label, vocabulary in read[1:]:
         found += _compare(*read[0], label, vocabulary)
     return found
 
 
-def _content(checkpoint: Checkpoint) -> tuple[str, bytes] | None:
-    """Name and bytes of the file that holds the vocabulary."""
-    if checkpoint.folder is None:
-        return None
-    present = set(storage.listdir(checkpoint.folder))
-    for name in _FILES:
-        if name in present:
-            return name, storage.read_small(Path(checkpoint.folder) / name, _LARGEST_FILE)
-    return None
-
-
-class _Vocabulary:
-    """id -> token; ``added`` are the ids that were added to the ordinary vocabulary (special or not)."""
-
-    def __init__(self, name: str, content: bytes) -> None:
-        tree = json.loads(content)
-        whole = name == "tokenizer.json"
-        self.added = {int(token["id"]): str(token["content"]) for token in tree.get("added_tokens", ()) if whole}
-        self.tokens = _by_id(tree["model"]["vocab"] if whole else tree) | self.added
-
-
-def _by_id(vocabulary: Any) -> dict[int, str]:
-    """BPE and WordPiece map token -> id, Unigram lists [token, score]."""
-    if isinstance(vocabulary, list):
-        return {index: str(entry[0]) for index, entry in enumerate(vocabulary)}
-    return {int(index): str(token) for token, index in vocabulary.items()}
-
-
-def _compare(label: str, first: _Vocabulary, other_label: str, other: _Vocabulary) -> list[Finding]:
+def _compare(label: str, first: Vocabulary, other_label: str, other: Vocabulary) -> list[Finding]:
     shared = first.tokens.keys() & other.tokens.keys()
     different = sorted(index for index in shared if first.tokens[index] != other.tokens[index])
-    special = first.added.keys() | other.added.keys()
+    special = {vocabulary.ids[token] for vocabulary in (first, other) for token in vocabulary.added}
     ordinary = [index for index in different if index not in special]
     found = []
     if different:
@@ -90,7 +55,7 @@ def _compare(label: str, first: _Vocabulary, other_label: str, other: _Vocabular
 
 
 def _difference(
-    label: str, first: _Vocabulary, other_label: str, other: _Vocabulary, ids: list[int], ordinary: bool
+    label: str, first: Vocabulary, other_label: str, other: Vocabulary, ids: list[int], ordinary: bool
 ) -> Finding:
     examples = [(index, first.tokens[index], other.tokens[index]) for index in ids[:_EXAMPLES]]
     listed = ", ".join(f"{index} is {show(a, 40)} and {show(b, 40)}" for index, a, b in examples)

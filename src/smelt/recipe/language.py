@@ -104,11 +104,23 @@ class TokenRule:
 
 @dataclass(frozen=True)
 class TokenizerOptions:
-    """The ``tokenizer`` section. ``source`` is "union", "base" or a model."""
+    """The ``tokenizer`` section. ``source`` is "union", "base" or a model.
+
+    ``padding`` says what becomes of rows that no token has: "keep", "drop", or None to keep them where all
+    models have some.
+    """
 
     source: ModelReference | str = "union"
     tokens: Mapping[str, TokenRule] = field(default_factory=dict)
     pad_to_multiple_of: int | None = None
+    padding: str | None = None
+
+    def lenders(self) -> Iterator[ModelReference]:
+        """The models that rules of tokens take rows from."""
+        for rule in self.tokens.values():
+            source = rule.source.model if isinstance(rule.source, TokenRow) else rule.source
+            if isinstance(source, ModelReference):
+                yield source
 
 
 @dataclass(frozen=True)
@@ -179,6 +191,11 @@ class Recipe:
         """Whether the parts of the result are wanted in its place."""
         return self.output is not None and self.output.format == "parts"
 
+    @property
+    def vocabulary(self) -> TokenizerOptions | None:
+        """The ``tokenizer`` section in either form, or None."""
+        return self.tokenizer if self.tokenizer_source is None else TokenizerOptions(self.tokenizer_source)
+
     def position(self, key: str) -> Position:
         """Where a top-level key was given, or the document's start."""
         return self.where.get(key, Position(self.origin, 1, 1) if self.where else Position(self.origin))
@@ -205,6 +222,13 @@ class Recipe:
     def statistics(self) -> Iterator[ModelReference]:
         """The statistics checkpoints given beside the inputs, in file order."""
         return (given.statistics for _, given in self.inputs() if given.statistics)
+
+    def token_references(self) -> Iterator[ModelReference]:
+        """Every model that lends its tokenizer or single rows, whether it is merged or not."""
+        if self.vocabulary is not None:
+            if isinstance(self.vocabulary.source, ModelReference):
+                yield self.vocabulary.source
+            yield from self.vocabulary.lenders()
 
     def all_settings(self) -> Iterator[PlacedSetting]:
         """Every setting at every level."""

@@ -40,7 +40,7 @@ def _check_circles(stages: dict[str, Recipe], report: Report) -> None:
 
 def _stages_named_by(recipe: Recipe, stages: dict[str, Recipe]) -> set[str]:
     named = set()
-    for reference in recipe.references():
+    for reference in (*recipe.references(), *recipe.token_references()):
         if reference.recipe:
             named |= _stages_named_by(reference.recipe, stages)
         elif reference.revision is None and reference.path in stages:
@@ -94,7 +94,7 @@ def in_order(recipes: Sequence[Recipe]) -> list[Stage]:
 
 def _add_stages(recipe: Recipe, documents: Mapping[str, Recipe], found: dict[str, Recipe]) -> None:
     """Add what ``recipe`` takes, deepest first (:func:`check_stages` has ruled out circles)."""
-    for reference in recipe.references():
+    for reference in (*recipe.references(), *recipe.token_references()):
         needed = reference.recipe or (documents.get(reference.path) if reference.revision is None else None)
         if needed is not None and reference.path not in found:
             _add_stages(needed, documents, found)

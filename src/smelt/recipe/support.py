@@ -15,16 +15,13 @@ Finding = tuple[Position, str]
 def not_yet(recipe: Recipe) -> list[str]:
     """One line, with its place, for each field whose execution this version refuses."""
     found = [*_sections(recipe), *_of_slices(recipe)]
-    for reference in (*recipe.references(), *recipe.statistics()):
+    for reference in (*recipe.references(), *recipe.statistics(), *recipe.token_references()):
         found += _of_reference(reference)
     ordered = sorted(found, key=lambda finding: (finding[0].line, finding[0].column))
     return list(dict.fromkeys(place.report(_SENTENCE.format(what)) for place, what in ordered))
 
 
 def _sections(recipe: Recipe) -> Iterator[Finding]:
-    for key in ("tokenizer", "tokenizer_source", "chat_template"):
-        if getattr(recipe, key) is not None:
-            yield recipe.position(key), key
     if recipe.output and recipe.output.format not in ("safetensors", "parts"):
         yield recipe.position("output"), f"the output format {recipe.output.format}"
 

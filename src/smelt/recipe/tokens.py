@@ -21,13 +21,17 @@ def read_source(node: Node, report: Report) -> ModelReference | str | None:
 
 
 def read_tokenizer(node: Node, report: Report) -> TokenizerOptions:
-    section = Section(node, ("source", "tokens", "pad_to_multiple_of"), "tokenizer", report)
+    section = Section(node, ("source", "tokens", "pad_to_multiple_of", "padding"), "tokenizer", report)
     source = section.get("source")
     tokens = section.get("tokens")
+    padding = section.word("padding", ("keep", "drop"))
+    if padding and section.get("pad_to_multiple_of"):
+        section.fail("padding", "padding and pad_to_multiple_of both say how many rows there are: give only one")
     return TokenizerOptions(
         (read_source(source, report) if source else None) or "union",
         _rules(tokens, report) if tokens else {},
         section.integer("pad_to_multiple_of", least=1),
+        padding,
     )
 
 
@@ -40,8 +44,10 @@ def _rules(node: Node, report: Report) -> dict[str, TokenRule]:
 
 def _rule(node: Node, report: Report) -> TokenRule:
     section = Section(node, ("source", "force"), "the rule of a token", report)
-    source = section.get("source")
-    return TokenRule(_row(source, report) if source else None, bool(section.boolean("force")))
+    source, force = section.get("source"), bool(section.boolean("force"))
+    if force and not source:
+        section.fail("force", "force has nothing to put in the place of the models' own rows: give a source")
+    return TokenRule(_row(source, report) if source else None, force)
 
 
 def _row(node: Node, report: Report) -> ModelReference | TokenRow | str | None:

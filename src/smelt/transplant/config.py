@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..engine.inputs import Input, side_files
+from ..engine.inputs import Input
+from ..engine.side_files import side_files
 
 _ROLES = ("bos", "eos", "pad", "unk", "mask", "cls", "sep", "decoder_start")
 _IDS = tuple(f"{role}_token_id" for role in _ROLES)

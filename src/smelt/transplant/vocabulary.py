@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from .. import storage
 from ..checkpoint import Checkpoint
-from ..checkpoint.documents import parse_json, read_json
+from ..checkpoint.documents import parse_json
 from ..errors import InputRejected
+from ..tokenizer import parse_tokenizer, vocabulary_in
 
 #: How a tokenizer writes words into its tokens: as printable bytes, with a mark before each word, with a mark
 #: before all else, or as they are.
@@ -25,7 +25,6 @@ Key = tuple[str, str] | bytes
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token")
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-_LARGEST_FILE = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -90,28 +89,20 @@ def read_vocabulary(checkpoint: Checkpoint) -> Vocabulary:
 
     Raises InputRejected when there is none, or it is of a layout that is not known.
     """
-    folder = checkpoint.folder
-    names = set(storage.listdir(folder)) if folder is not None else set()
-    if folder is None or "tokenizer.json" not in names:
+    files = checkpoint.side_files
+    if "tokenizer.json" not in files:
         raise InputRejected(
             f"{checkpoint.label}: no tokenizer.json: save its tokenizer in this form first, with "
             "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
-    raw = storage.read_small(folder / "tokenizer.json", _LARGEST_FILE)
-    configs = [read_json(folder / n) for n in ("special_tokens_map.json", "tokenizer_config.json") if n in names]
+    raw = files["tokenizer.json"]
+    configs = [parse_json(files[n], n) for n in ("special_tokens_map.json", "tokenizer_config.json") if n in files]
     try:
-        tree = parse_json(raw, storage.shown(folder / "tokenizer.json"))
-        ids = _ids(tree["model"]["vocab"]) | {str(t["content"]): int(t["id"]) for t in tree.get("added_tokens") or ()}
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise InputRejected(f"{checkpoint.label}: tokenizer.json is not of a known layout: {error!r}") from error
+        tree = parse_tokenizer("tokenizer.json", raw)
+        ids = vocabulary_in(tree, "tokenizer.json").ids
+    except InputRejected as error:
+        raise InputRejected(f"{checkpoint.label}: {error}") from error
     return Vocabulary(ids, _roles(configs, ids), _family(tree), raw.decode())
-
-
-def _ids(vocabulary: Any) -> dict[str, int]:
-    """BPE and WordPiece map token -> id, Unigram lists [token, score]."""
-    if isinstance(vocabulary, list):
-        return {str(entry[0]): index for index, entry in enumerate(vocabulary)}
-    return {str(token): int(index) for token, index in vocabulary.items()}
 
 
 def _roles(configs: list[dict[str, Any]], ids: Mapping[str, int]) -> dict[str, str]:
