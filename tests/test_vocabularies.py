@@ -274,3 +274,35 @@ def test_many_rows_in_tiles_of_any_width(tmp_path: Path) -> None:
         for start in range(0, 560, step):
             operand.read(start, got[start : start + step])
         np.testing.assert_array_equal(got.reshape(80, 7), whole)
+
+
+def test_a_stage_lends_its_tokens_before_it_is_run(tmp_path: Path) -> None:
+    """The second document is planned on what the first one will write."""
+    paths = [make(tmp_path / str(i), tokens, i) for i, tokens in enumerate((BASE, CHAT, [*BASE, "<third>"]))]
+    first = recipe("linear", paths[:2], tokenizer_source="union", name="both")
+    second = recipe("linear", ["both", paths[2]], tokenizer={"source": "union", "tokens": {"w4": {"source": "both"}}})
+    (tmp_path / "recipe.yml").write_text(f"{json.dumps(first)}\n---\n{json.dumps(second)}\n")
+    smelt.merge(tmp_path / "recipe.yml", tmp_path / "out")
+    assert sorted(ids(tmp_path / "out").items(), key=lambda item: item[1])[-3:] == [
+        ("<|im_start|>", 23), ("<|im_end|>", 24), ("<third>", 25),
+    ]  # fmt: skip
+
+
+def test_statistics_of_rows_that_move_are_refused(tmp_path: Path) -> None:
+    """They are by the model's own tokens; used as they are they would weigh others."""
+    from safetensors.numpy import save_file
+
+    paths = [make(tmp_path / str(i), tokens, i) for i, tokens in enumerate((BASE, BASE[::-1]))]
+    tree = recipe("fisher", paths, tokenizer_source="base", parameters={"exclude": [".*layers.*", ".*norm.*"]})
+    for index, entry in enumerate(tree["models"]):
+        fisher = {f"fisher/{name}": abs(array) for name, array in written(Path(paths[index])).items()}
+        save_file(fisher, tmp_path / f"fisher{index}.safetensors")
+        entry["statistics"] = str(tmp_path / f"fisher{index}.safetensors")
+    with pytest.raises(smelt.InputRejected, match="statistics are not aligned by token"):
+        smelt.plan(tree)
+
+
+def test_bare_tensors_have_no_tokens(tmp_path: Path) -> None:
+    path = make(tmp_path / "model", BASE, 0)
+    with pytest.raises(smelt.UsageError, match="tokenizer_source has no meaning for bare tensors"):
+        smelt.plan(recipe("linear", [path], tokenizer_source="base"), raw=True)
