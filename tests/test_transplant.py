@@ -285,7 +285,7 @@ def test_models_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(smelt.OperationFailed, match=f"tensor {EMBED!r} holds NaN or Inf"):
         smelt.transplant_tokenizer(broken, own, tmp_path / "out")
     (own / "tokenizer.json").write_text('{"model": {"vocab": 3}}')
-    with pytest.raises(smelt.InputRejected, match=r"tokenizer\.json is not of a known layout"):
+    with pytest.raises(smelt.InputRejected, match=r"tokenizer\.json is not a tokenizer of a known layout"):
         smelt.transplant_tokenizer(broken, own, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
 
