@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
+
+from .. import storage
 
 
 @cache
 def _measured() -> dict[str, float]:
-    found: dict[str, float] = json.loads((files(__package__) / "costs.json").read_text(encoding="utf-8"))
+    found: dict[str, float] = json.loads(storage.read_small(Path(__file__).with_name("costs.json"), 1 << 16))
     return found
 
 
