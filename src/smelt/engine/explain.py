@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from .planning import Output, Plan
+from .outputs import Output
+from .planning import Plan
 
 
 @dataclass(frozen=True)

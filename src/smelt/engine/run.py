@@ -23,7 +23,8 @@ from .findings import Finding
 from .inputs import identity, licence_of
 from .manifest import NAME, dump, manifest, sums_of
 from .options import options_of
-from .planning import Output, Plan, RecipeLike, make_plan
+from .outputs import Output
+from .planning import Plan, RecipeLike, make_plan
 from .progress import Progress, Silent
 from .publish import check_destination, check_space, staging
 from .sink import DiskSink, write_tensors
