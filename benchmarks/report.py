@@ -135,7 +135,7 @@ def spread(seconds: Sequence[float]) -> str:
 
 def rate_table(rates: Sequence[Rate]) -> str:
     rows = [
-        [rate.method, str(rate.models), "" if rate.formula is None else f"{rate.formula:.1f}", f"{rate.whole:.1f}"]
+        [rate.method, str(rate.models), "" if rate.formula is None else f"{rate.formula:.3g}", f"{rate.whole:.3g}"]
         for rate in rates
     ]
     return table(["method", "inputs", "formula GB/s", "with all passes GB/s"], rows)
