@@ -148,7 +148,7 @@ class Executor:
             self._submit(live, lambda tile: run_rows(output, job, tile, self._sink, self._buffers), self._end(live))
         elif isinstance(output, Whole):
             live.tiles = [Tile(0, job.count, self._buffers)]
-            self._submit(live, lambda tile: run_whole(output, job, self._sink, self._buffers), self._end(live))
+            self._submit(live, self._whole(job, output), self._end(live))
         elif isinstance(output, Number):
             live.tiles = [Tile(0, 1, self._buffers)]
             self._submit(live, lambda tile: self._write_number(job, output.value), self._end(live))
@@ -167,6 +167,9 @@ class Executor:
             self._progress.advance(out.nbytes)
 
         return task
+
+    def _whole(self, job: Job, output: Whole) -> Task:
+        return lambda tile: run_whole(output, job, tile, self._mapper, self._sink, self._buffers)
 
     def _pack(self, job: Job, output: Bits, quotas: Quotas) -> Task:
         """As :meth:`_map`, eight elements to a byte; a tile is a multiple of eight."""
