@@ -1,0 +1,140 @@
+"""Singular triplets and polar factors, and the laws of the methods that merge by them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import smelt
+from smelt.methods.spectral import combined, polar, spectrum_and_polar, triplets
+from tests.small_models import Arrays
+from tests.tensors import assert_close
+
+SHAPES = [(9, 5), (5, 9), (6, 6), (1, 4), (4, 1)]
+
+
+def drawn(*shape: int, seed: int = 0) -> Any:
+    return np.random.default_rng([seed, *shape]).standard_normal(shape)
+
+
+def conditioned(shape: tuple[int, int], kappa: float) -> Any:
+    """Singular values from 1 down to 1 / kappa."""
+    left, _, right = np.linalg.svd(drawn(*shape), full_matrices=False)
+    return (left * np.geomspace(1, 1 / kappa, min(shape))) @ right
+
+
+# --- the shared numerics --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kappa", [1e2, 1e8])
+def test_triplets_are_those_of_an_svd(shape: tuple[int, int], kappa: float) -> None:
+    matrix = conditioned(shape, kappa)
+    left, sigma, right = np.linalg.svd(matrix, full_matrices=False)
+    for count in range(1, min(shape) + 1):
+        found = triplets(matrix, count)
+        np.testing.assert_allclose(found.sigma, sigma[:count], rtol=1e-6)
+        np.testing.assert_allclose(found.matrix(), (left * sigma)[:, :count] @ right[:count], atol=1e-8)
+        np.testing.assert_allclose(found.left.T @ found.left, np.eye(count), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kappa", [1e2, 1e8])
+def test_the_polar_factor_is_that_of_an_svd(shape: tuple[int, int], kappa: float) -> None:
+    matrix = conditioned(shape, kappa)
+    left, sigma, right = np.linalg.svd(matrix, full_matrices=False)
+    found, factor = spectrum_and_polar(matrix)
+    np.testing.assert_allclose(factor, left @ right, atol=1e-6)
+    np.testing.assert_allclose(found, sigma, rtol=1e-6)
+    np.testing.assert_allclose(polar(matrix.T), factor.T, atol=1e-6)
+
+
+def test_what_has_no_direction_is_left_out() -> None:
+    """A partial isometry of the rank that the matrix has; nothing of a matrix of zeros."""
+    thin = drawn(8, 3) @ drawn(3, 7)
+    factor = polar(thin)
+    assert triplets(thin).rank == 3
+    np.testing.assert_allclose(np.linalg.svd(factor, compute_uv=False), [1, 1, 1, 0, 0, 0, 0], atol=1e-12)
+    np.testing.assert_allclose(factor @ factor.T @ thin, thin, atol=1e-12)
+    assert not polar(np.zeros((4, 6))).any()
+    assert triplets(np.zeros((4, 6))).rank == 0
+
+
+def test_tolerance_says_what_counts_as_zero() -> None:
+    noisy = drawn(8, 3) @ drawn(3, 7) + 1e-6 * drawn(8, 7)
+    assert (triplets(noisy).rank, triplets(noisy, tolerance=1e-3).rank) == (7, 3)
+    assert np.linalg.matrix_rank(polar(noisy, 1e-3)) == 3
+
+
+def test_joint_vectors_are_made_orthogonal() -> None:
+    joint = combined([triplets(drawn(12, 10, seed=seed), 3) for seed in range(3)], orthogonal=True)
+    for vectors in (joint.left, joint.right):
+        np.testing.assert_allclose(vectors.T @ vectors, np.eye(9), atol=1e-10)
+
+
+# --- laws of the methods: merges of one matrix and one vector, the base is zero ---------------------------
+
+
+def merged(method: str, deltas: list[Any], **parameters: Any) -> Any:
+    """The merged delta of matrices."""
+    models: list[Arrays] = [{"w": np.asarray(delta, np.float64)} for delta in deltas]
+    base = {"w": np.zeros_like(models[0]["w"])}
+    return smelt.merge_tensors(method, models, base, parameters=parameters)["w"]
+
+
+DELTAS = [drawn(10, 7, seed=seed) for seed in range(3)]
+
+
+@pytest.mark.parametrize("method", ["tsv"])
+def test_a_change_of_bases_changes_the_result_alike(method: str) -> None:
+    left, right = np.linalg.qr(drawn(10, 10))[0], np.linalg.qr(drawn(7, 7))[0]
+    turned = merged(method, [left @ delta @ right.T for delta in DELTAS])
+    np.testing.assert_allclose(turned, left @ merged(method, DELTAS) @ right.T, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", ["tsv"])
+def test_models_may_come_in_any_order(method: str) -> None:
+    np.testing.assert_allclose(merged(method, DELTAS), merged(method, DELTAS[::-1]), atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["tsv"])
+def test_vectors_and_named_matrices_take_the_mean(method: str) -> None:
+    base: Arrays = {name: np.zeros(shape, np.float32) for name, shape in SMALL.items()}
+    models = [{name: drawn(*shape, seed=seed).astype(np.float32) for name, shape in SMALL.items()} for seed in (1, 2)]
+    out = smelt.merge_tensors(method, models, base, parameters={"alpha": 0.5, "average": (r"head\.",)})
+    assert_close(out, {name: 0.25 * (models[0][name] + models[1][name]) for name in base})
+
+
+SMALL = {"norm": (5,), "convolution": (3, 2, 2), "head.weight": (4, 4)}
+
+
+@pytest.mark.parametrize("copies", [1, 2, 3])
+def test_copies_of_a_task_give_its_truncated_delta(copies: int) -> None:
+    """Which is where the reference leaves directions to chance."""
+    expected = triplets(DELTAS[0], 7 // copies).matrix()
+    np.testing.assert_allclose(merged("tsv", [DELTAS[0]] * copies), expected, atol=1e-12)
+
+
+def test_a_task_that_learnt_nothing_does_not_bend_the_others() -> None:
+    nothing = np.zeros_like(DELTAS[0])
+    both = merged("tsv", DELTAS[:2], rank_fraction=0.3)
+    np.testing.assert_allclose(merged("tsv", [*DELTAS[:2], nothing], rank_fraction=0.3), both, atol=1e-12)
+    adapter = drawn(10, 1) @ drawn(1, 7)
+    alone = merged("tsv", [adapter, nothing, nothing])
+    np.testing.assert_allclose(alone, adapter, atol=1e-12)
+
+
+def test_weights_scale_the_singular_values() -> None:
+    base = {"w": np.zeros((10, 7))}
+    models = [{"w": delta} for delta in DELTAS[:2]]
+    out = smelt.merge_tensors("tsv", models, base, per_model={"weight": [2.0, -1.0]})
+    np.testing.assert_allclose(out["w"], merged("tsv", [2 * DELTAS[0], -DELTAS[1]]), atol=1e-9)
+
+
+def test_more_tasks_than_rows_are_averaged_unless_a_rank_is_wanted() -> None:
+    deltas = [drawn(2, 9, seed=seed) for seed in range(3)]
+    np.testing.assert_allclose(merged("tsv", deltas), np.mean(deltas, axis=0), atol=1e-12)
+    wanted = merged("tsv", deltas, rank_fraction=0.5)
+    assert np.abs(wanted - np.mean(deltas, axis=0)).max() > 0.1
