@@ -87,19 +87,19 @@ def merged(method: str, deltas: list[Any], **parameters: Any) -> Any:
 DELTAS = [drawn(10, 7, seed=seed) for seed in range(3)]
 
 
-@pytest.mark.parametrize("method", ["tsv"])
+@pytest.mark.parametrize("method", ["tsv", "iso"])
 def test_a_change_of_bases_changes_the_result_alike(method: str) -> None:
     left, right = np.linalg.qr(drawn(10, 10))[0], np.linalg.qr(drawn(7, 7))[0]
     turned = merged(method, [left @ delta @ right.T for delta in DELTAS])
     np.testing.assert_allclose(turned, left @ merged(method, DELTAS) @ right.T, atol=1e-7)
 
 
-@pytest.mark.parametrize("method", ["tsv"])
+@pytest.mark.parametrize("method", ["tsv", "iso"])
 def test_models_may_come_in_any_order(method: str) -> None:
     np.testing.assert_allclose(merged(method, DELTAS), merged(method, DELTAS[::-1]), atol=1e-9)
 
 
-@pytest.mark.parametrize("method", ["tsv"])
+@pytest.mark.parametrize("method", ["tsv", "iso"])
 def test_vectors_and_named_matrices_take_the_mean(method: str) -> None:
     base: Arrays = {name: np.zeros(shape, np.float32) for name, shape in SMALL.items()}
     models = [{name: drawn(*shape, seed=seed).astype(np.float32) for name, shape in SMALL.items()} for seed in (1, 2)]
@@ -138,3 +138,43 @@ def test_more_tasks_than_rows_are_averaged_unless_a_rank_is_wanted() -> None:
     np.testing.assert_allclose(merged("tsv", deltas), np.mean(deltas, axis=0), atol=1e-12)
     wanted = merged("tsv", deltas, rank_fraction=0.5)
     assert np.abs(wanted - np.mean(deltas, axis=0)).max() > 0.1
+
+
+@pytest.mark.parametrize("variant", ["iso_c", "iso_cts"])
+def test_isotropic_merges_have_one_singular_value(variant: str) -> None:
+    """Which is the mean over those of the sum, or of the chosen directions; scaling all tasks scales it."""
+    out = merged("iso", DELTAS, variant=variant)
+    values = np.linalg.svd(out, compute_uv=False)
+    np.testing.assert_allclose(values, values[0], rtol=1e-9)
+    np.testing.assert_allclose(merged("iso", [3 * delta for delta in DELTAS], variant=variant), 3 * out, atol=1e-9)
+    if variant == "iso_c":
+        np.testing.assert_allclose(values[0], np.linalg.svd(sum(DELTAS), compute_uv=False).mean())
+
+
+def test_iso_cts_of_common_directions_alone_is_iso_c() -> None:
+    alone = merged("iso", DELTAS, variant="iso_cts", common_space_fraction=1.0)
+    np.testing.assert_allclose(alone, merged("iso", DELTAS), atol=1e-10)
+
+
+@pytest.mark.parametrize("variant", ["iso_c", "iso_cts"])
+def test_iso_of_adapters_has_their_rank_and_no_more(variant: str) -> None:
+    adapters = [drawn(10, 1, seed=seed) @ drawn(1, 7, seed=seed) for seed in range(3)]
+    plain, scaled = (merged("iso", adapters, variant=variant, sigma_over=over) for over in ("all", "rank"))
+    moved = merged("iso", [adapter + 1e-13 * delta for adapter, delta in zip(adapters, DELTAS, strict=True)],
+                   variant=variant, tolerance=1e-6)  # fmt: skip
+    assert np.linalg.matrix_rank(plain, 1e-9) == 3
+    np.testing.assert_allclose(moved, plain, atol=1e-9)
+    np.testing.assert_allclose(scaled, plain * 7 / 3, atol=1e-9)
+
+
+def test_beta_goes_from_the_sum_to_the_level() -> None:
+    np.testing.assert_allclose(merged("iso", DELTAS, beta=0.0), sum(DELTAS), atol=1e-12)
+    half = merged("iso", DELTAS, beta=0.5)
+    np.testing.assert_allclose(half, 0.5 * sum(DELTAS) + 0.5 * merged("iso", DELTAS), atol=1e-12)
+
+
+def test_more_tasks_than_directions_leave_iso_cts_the_common_ones() -> None:
+    deltas = [drawn(2, 9, seed=seed) for seed in range(5)]
+    for fraction in (0.0, 0.5, 1.0):
+        out = merged("iso", deltas, variant="iso_cts", common_space_fraction=fraction)
+        np.testing.assert_allclose(out, merged("iso", deltas), atol=1e-10)

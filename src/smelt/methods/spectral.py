@@ -47,15 +47,19 @@ class Triplets:
         return Triplets(self.left, factor * self.sigma, self.right)
 
 
-def triplets(matrix: npt.NDArray[Any], count: int | None = None, tolerance: float = 0.0) -> Triplets:
-    """The largest ``count`` singular triplets of a matrix (m, n), all by default; fewer where its rank is less."""
+def triplets(matrix: npt.NDArray[Any], count: int | None = None, tolerance: float = 0.0, size: float = 0.0) -> Triplets:
+    """The largest ``count`` singular triplets of a matrix (m, n), all by default; fewer where its rank is less.
+
+    ``size``: the norm of what the matrix was computed from, where that is larger; rounding counts from there.
+    """
     given = np.asarray(matrix, np.float64)
     tall = given if given.shape[0] >= given.shape[1] else given.T
     count = tall.shape[1] if count is None else min(count, tall.shape[1])
     if not count or not given.any():
         return Triplets(given[:, :0], np.zeros(0), given.T[:, :0])
     found = _by_gram(tall, count) or _by_svd(tall, count)
-    found = found.first(int((found.sigma > _floor(tall.shape, tolerance) * found.sigma[0]).sum()))
+    floor = _floor(tall.shape, tolerance) * max(size, float(found.sigma[0]))
+    found = found.first(int((found.sigma > floor).sum()))
     return found if tall is given else Triplets(found.right, found.sigma, found.left)
 
 

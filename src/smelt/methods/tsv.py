@@ -20,21 +20,19 @@ model give its truncated delta).
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from ..kernels.program import Call, Whole, call
+from ..kernels.program import Call, Whole
 from .registry import EXCLUDE, Citation, Method, Parameter, weight_parameter
 from .spectral import Matrix, Triplets, combined, triplets
-from .task_arithmetic import add_task_vectors
+from .task_matrices import ALPHA, AVERAGE, TOLERANCE, averaged, delta_of, held, is_matrix
 from .tensors import Tensor
 
 
 def merge(tensor: Tensor) -> Call | Whole:
-    if is_averaged(tensor):
+    if not is_truncated(tensor):
         return averaged(tensor)
     return Whole(merged, {
         "base": tensor.base, "models": tensor.models, "weights": tensor.each["weight"], "scale": tensor["alpha"],
@@ -51,11 +49,6 @@ def merged(base: Any, models: Any, weights: Any, scale: float, rank: int, orthog
     return np.asarray(base + scale * combined(significant(parts), orthogonal).matrix(), np.float64)
 
 
-def delta_of(base: npt.NDArray[Any], model: npt.NDArray[Any]) -> Matrix:
-    """model - base without rounding."""
-    return np.asarray(model, np.float64) - np.asarray(base, np.float64)
-
-
 def significant(parts: list[Triplets]) -> list[Triplets]:
     """Without those that are multiplied by 0; one of rank 0 where nothing is left."""
     return [part for part in parts if part.rank and part.sigma[0] != 0] or [parts[0].first(0)]
@@ -67,45 +60,14 @@ def rank_of(tensor: Tensor) -> int:
     return max(1, int(min(tensor.shape) * (1 / tensor.size if share is None else share)))
 
 
-def is_averaged(tensor: Tensor) -> bool:
-    """Whether a tensor is not taken apart."""
-    if len(tensor.shape) != 2 or (tensor.shared.get("rank_fraction") is None and min(tensor.shape) < tensor.size):
-        return True
-    return any(re.match(pattern, tensor.name) for pattern in tensor["average"])
-
-
-def averaged(tensor: Tensor) -> Call:
-    """The mean of the deltas, times alpha."""
-    weights = tensor.each.get("weight", (1.0,) * tensor.size)
-    scale = tensor["alpha"] / tensor.size
-    return call(add_task_vectors, base=tensor.base, models=tensor.models, weights=weights, scale=scale)
+def is_truncated(tensor: Tensor) -> bool:
+    """Whether a tensor is taken apart: each task needs one direction at least."""
+    return is_matrix(tensor) and (tensor["rank_fraction"] is not None or min(tensor.shape) >= tensor.size)
 
 
 def holds(tensor: Tensor) -> tuple[int, int]:
-    """A delta, its Gram matrix and the eigenvectors; the vectors of all tasks, their Gram matrices; the result."""
-    if is_averaged(tensor):
-        return 1, 0
-    return tensor.count, held(tensor, rank_of(tensor) * tensor.size)
+    return held(tensor, rank_of(tensor) * tensor.size) if is_truncated(tensor) else (1, 0)
 
-
-def held(tensor: Tensor, rank: int) -> int:
-    """Bytes for each element of a matrix while ``rank`` pairs of vectors and their Gram matrices are in memory."""
-    short, long = sorted(tensor.shape)
-    inner = min(rank, long)
-    beside = 4 * short * short + 2 * rank * (short + long) + 4 * inner * inner
-    return 4 * (tensor.size + 1) + 32 + 8 * -(-beside // tensor.count)
-
-
-ALPHA = Parameter("alpha", "float", 1.0, "factor of the merged task vector: 0.3 to 3", mergekit=False)
-AVERAGE = Parameter(
-    "average", "strings", (".*text_projection",),
-    "regular expressions, anchored at the start: such matrices are averaged", mergekit=False,
-)  # fmt: skip
-TOLERANCE = Parameter(
-    "tolerance", "float", 0.0,
-    "singular values up to this share of the largest count as zero; for merged LoRA adapters 0.001",
-    low=0, high=1, mergekit=False,
-)  # fmt: skip
 
 METHODS = (
     Method(

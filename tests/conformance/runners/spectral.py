@@ -26,4 +26,10 @@ def tsv(inputs: Inputs, parameters: dict[str, Any]) -> Arrays:
     return smelt.merge_tensors("tsv", inputs.each("model"), inputs.base, **options)
 
 
-RUNNERS = {"tsv": tsv}
+def iso(inputs: Inputs, parameters: dict[str, Any]) -> Arrays:
+    options = arguments(parameters)
+    options["parameters"]["variant"] = parameters["variant"]
+    return smelt.merge_tensors("iso", inputs.each("model"), inputs.base, **options)
+
+
+RUNNERS = {"tsv": tsv, "iso": iso}

@@ -1,0 +1,127 @@
+"""Iso-C and Iso-CTS: the sum of the task matrices with all its singular values alike.
+
+Marczak et al., "No task left behind: isotropic model merging with common and task-specific subspaces", ICML
+2025, https://arxiv.org/abs/2502.04959. For each matrix, Delta_t = theta_t - theta_0, r = min(m, n):
+
+    Iso-C:    A = sum_t Delta_t = U S V^T,   sigma = mean of S,   theta = theta_0 + alpha sigma U V^T
+
+so that it is the polar factor of A times its nuclear norm / r. Iso-CTS puts directions of single tasks in place
+of the weakest ones of the sum:
+
+1. r f of them stay (f = ``common_space_fraction``), rounded so that the others are as many for every task;
+2. task by task: the first singular triplets of Delta_t - U_c U_c^T Delta_t, U_c what stays on the left;
+3. the vectors of all tasks and of the sum side by side, both sides orthogonalised (polar factor);
+4. sigma = mean of the singular values of all.
+
+``beta`` below 1 keeps some of the spectrum: (1 - beta) S + beta sigma. Whatever is no matrix, or is named by
+``average``, takes the mean of the deltas, times alpha.
+
+Where A lacks directions (LoRA, few models) the reference gives arbitrary ones the full weight sigma; here they
+are left out. sigma is the mean over r all the same, or over the rank (``sigma_over``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..kernels.program import Call, Whole
+from .registry import EXCLUDE, Citation, Method, Parameter
+from .spectral import Matrix, Triplets, combined, spectrum_and_polar, triplets
+from .task_matrices import ALPHA, AVERAGE, TOLERANCE, averaged, delta_of, held, is_matrix
+from .tensors import Tensor
+
+
+def merge(tensor: Tensor) -> Call | Whole:
+    if not is_matrix(tensor):
+        return averaged(tensor)
+    shared = {
+        "base": tensor.base, "models": tensor.models, "scale": tensor["alpha"], "beta": tensor["beta"],
+        "over_rank": tensor["sigma_over"] == "rank", "tolerance": tensor["tolerance"],
+    }  # fmt: skip
+    if tensor.variant == "iso_c":
+        return Whole(levelled, shared)
+    own = directions(min(tensor.shape), tensor.size, tensor["common_space_fraction"])
+    return Whole(levelled_with_tasks, {**shared, "own": own})
+
+
+def directions(rank: int, tasks: int, fraction: float) -> int:
+    """How many directions each task has of its own."""
+    own = round((rank - int(rank * fraction)) / tasks)
+    return min(own, rank // tasks)
+
+
+def levelled(base: Any, models: Any, scale: float, beta: float, over_rank: bool, tolerance: float) -> Any:
+    """Iso-C of T matrices (m, n)."""
+    total = sum_of_deltas(base, models)
+    values, factor = spectrum_and_polar(total, tolerance)
+    sigma = mean_of(values, min(total.shape), over_rank)
+    return base + scale * ((1 - beta) * total + beta * sigma * factor)
+
+
+def levelled_with_tasks(
+    base: Any, models: Any, scale: float, beta: float, over_rank: bool, tolerance: float, own: int
+) -> Any:
+    """Iso-CTS of T matrices (m, n)."""
+    total = sum_of_deltas(base, models)
+    rank = min(total.shape)
+    common = triplets(total, rank - own * len(models), tolerance)
+    parts = [special(common, delta_of(base, model), own, tolerance) for model in models if own]
+    joint = combined([*parts, common], orthogonal=own > 0)
+    sigma = mean_of(joint.sigma, rank, over_rank)
+    level = Triplets(joint.left, (1 - beta) * joint.sigma + beta * sigma, joint.right)
+    return base + scale * level.matrix()
+
+
+def special(common: Triplets, delta: Matrix, own: int, tolerance: float) -> Triplets:
+    """A task's first triplets without what the common directions hold on the left: removed twice, for rounding."""
+    rest = delta
+    for _ in range(2):
+        rest = rest - common.left @ (common.left.T @ rest)
+    return triplets(rest, own, tolerance, size=float(np.linalg.norm(delta)))
+
+
+def sum_of_deltas(base: Any, models: Any) -> Matrix:
+    total = np.zeros(base.shape)
+    for model in models:
+        total += delta_of(base, model)
+    return total
+
+
+def mean_of(values: Matrix, rank: int, over_rank: bool) -> float:
+    """sigma: over all ``rank`` directions, or over those that there are."""
+    return float(values.sum()) / max(1, len(values) if over_rank else rank)
+
+
+def holds(tensor: Tensor) -> tuple[int, int]:
+    return held(tensor, min(tensor.shape)) if is_matrix(tensor) else (1, 0)
+
+
+METHODS = (
+    Method(
+        name="iso",
+        title="Isotropic merging, Iso-C and Iso-CTS",
+        summary="the sum of task matrices with all singular values alike",
+        advice="For many tasks with one base, and for LoRA fine-tunes: alpha 1, by a validation score 0.5 to 2.5.",
+        citation=Citation(
+            "No task left behind: isotropic model merging with common and task-specific subspaces",
+            "Marczak et al.", "ICML 2025", "https://arxiv.org/abs/2502.04959",
+        ),
+        merge=merge,
+        holds=holds,
+        parameters=(
+            ALPHA,
+            Parameter("common_space_fraction", "float", 0.8, "share of the directions that are those of the sum",
+                      low=0, high=1, mergekit=False, when=("variant", ("iso_cts",))),
+            Parameter("beta", "float", 1.0, "0 keeps the singular values, 1 makes them alike",
+                      low=0, high=1, mergekit=False),
+            Parameter("sigma_over", "str", "all", "whether directions that are lacking count in the mean",
+                      choices=("all", "rank"), mergekit=False),
+            TOLERANCE,
+            AVERAGE,
+            EXCLUDE,
+        ),
+        variants=("iso_c", "iso_cts"),
+    ),
+)  # fmt: skip
