@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import smelt
+from smelt.methods.r_tsvm import shares
 from smelt.methods.spectral import combined, polar, spectrum_and_polar, triplets
 from tests.small_models import Arrays
 from tests.tensors import assert_close
@@ -94,12 +95,12 @@ def test_a_change_of_bases_changes_the_result_alike(method: str) -> None:
     np.testing.assert_allclose(turned, left @ merged(method, DELTAS) @ right.T, atol=1e-7)
 
 
-@pytest.mark.parametrize("method", ["tsv", "iso"])
+@pytest.mark.parametrize("method", ["tsv", "iso", "r_tsvm"])
 def test_models_may_come_in_any_order(method: str) -> None:
     np.testing.assert_allclose(merged(method, DELTAS), merged(method, DELTAS[::-1]), atol=1e-9)
 
 
-@pytest.mark.parametrize("method", ["tsv", "iso"])
+@pytest.mark.parametrize("method", ["tsv", "iso", "r_tsvm"])
 def test_vectors_and_named_matrices_take_the_mean(method: str) -> None:
     base: Arrays = {name: np.zeros(shape, np.float32) for name, shape in SMALL.items()}
     models = [{name: drawn(*shape, seed=seed).astype(np.float32) for name, shape in SMALL.items()} for seed in (1, 2)]
@@ -178,3 +179,40 @@ def test_more_tasks_than_directions_leave_iso_cts_the_common_ones() -> None:
     for fraction in (0.0, 0.5, 1.0):
         out = merged("iso", deltas, variant="iso_cts", common_space_fraction=fraction)
         np.testing.assert_allclose(out, merged("iso", deltas), atol=1e-10)
+
+
+def test_r_tsvm_without_its_rules_is_tsv() -> None:
+    plain = merged("r_tsvm", DELTAS, weighting="none", rank_rule="uniform")
+    np.testing.assert_array_equal(plain, merged("tsv", DELTAS))
+
+
+def test_r_tsvm_weighs_outliers_whatever_the_scale() -> None:
+    """The weights of two tasks that live on different rows are seen as factors of these."""
+    deltas = [np.zeros((12, 9)) for _ in range(2)]
+    deltas[0][:6], deltas[1][6:] = 0.01 * drawn(6, 9), 0.01 * drawn(6, 9, seed=1)
+    deltas[0][2, 3] = 1.0
+    weights = [weight_of(merged("r_tsvm", scaled, rank_rule="uniform", outlier_sigma=2.0), scaled)
+               for scaled in (deltas, [10 * deltas[0], deltas[1]])]  # fmt: skip
+    np.testing.assert_allclose(weights[0], weights[1], atol=1e-9)
+    assert weights[0][0] > 1 > weights[0][1]
+    np.testing.assert_allclose(np.mean(weights[0]), 1.0)
+
+
+def weight_of(out: Any, deltas: list[Any]) -> list[float]:
+    halves = (slice(0, 6), slice(6, 12))
+    return [np.linalg.norm(out[half], 2) / np.linalg.norm(each, 2) for half, each in zip(halves, deltas, strict=True)]
+
+
+def test_r_tsvm_divides_the_rank_by_density() -> None:
+    assert shares([0.5, 0.5], 7) == [4, 3]
+    assert shares([0.9, 0.1, 0.0], 10) == [9, 1, 0]
+    assert shares([1.0, 0.001, 0.001], 3) == [1, 1, 1]
+    assert shares([0.0, 0.0], 4) == [0, 0]
+
+
+def test_r_tsvm_keeps_as_many_triplets_as_the_energy_needs() -> None:
+    delta = conditioned((10, 7), 1e3)
+    sigma = np.linalg.svd(delta, compute_uv=False)
+    wanted = float((sigma[:3] ** 2).sum() / (sigma**2).sum()) - 1e-9
+    out = merged("r_tsvm", [delta], weighting="none", rank_rule="energy", energy_share=wanted)
+    np.testing.assert_allclose(out, triplets(delta, 3).matrix(), atol=1e-12)

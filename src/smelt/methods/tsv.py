@@ -22,11 +22,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from ..kernels.program import Call, Whole
 from .registry import EXCLUDE, Citation, Method, Parameter, weight_parameter
-from .spectral import Matrix, Triplets, combined, triplets
+from .spectral import Triplets, combined, triplets
 from .task_matrices import ALPHA, AVERAGE, TOLERANCE, averaged, delta_of, held, is_matrix
 from .tensors import Tensor
 
@@ -40,13 +38,18 @@ def merge(tensor: Tensor) -> Call | Whole:
     })  # fmt: skip
 
 
-def merged(base: Any, models: Any, weights: Any, scale: float, rank: int, orthogonal: bool, tolerance: float) -> Matrix:
+def merged(base: Any, models: Any, weights: Any, scale: float, rank: int, orthogonal: bool, tolerance: float) -> Any:
     """The merged matrix (m, n) of T models' matrices (m, n)."""
     parts = [
         triplets(delta_of(base, model), rank, tolerance).scaled(weight)
         for model, weight in zip(models, weights, strict=True)
     ]
-    return np.asarray(base + scale * combined(significant(parts), orthogonal).matrix(), np.float64)
+    return joined(base, parts, scale, orthogonal)
+
+
+def joined(base: Any, parts: list[Triplets], scale: float, orthogonal: bool) -> Any:
+    """Steps 2 to 4, from the triplets of every task."""
+    return base + scale * combined(significant(parts), orthogonal).matrix()
 
 
 def significant(parts: list[Triplets]) -> list[Triplets]:
@@ -56,8 +59,11 @@ def significant(parts: list[Triplets]) -> list[Triplets]:
 
 def rank_of(tensor: Tensor) -> int:
     """k, the triplets that are kept of each task."""
-    share = tensor["rank_fraction"]
-    return max(1, int(min(tensor.shape) * (1 / tensor.size if share is None else share)))
+    return truncation(min(tensor.shape), tensor.size, tensor["rank_fraction"])
+
+
+def truncation(rank: int, tasks: int, fraction: float | None = None) -> int:
+    return max(1, int(rank * (1 / tasks if fraction is None else fraction)))
 
 
 def is_truncated(tensor: Tensor) -> bool:
