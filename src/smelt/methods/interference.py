@@ -1,0 +1,111 @@
+"""The loss that the WUDI family makes small, as a quadratic form, and its spectrum.
+
+The rows of a linear layer's task vector tau_i lie in the span of that task's inputs, so they stand in for data. How
+much a merged task vector W (out, in) disturbs the tasks is
+
+    L(W) = sum_i c_i |(W - T_i) P_i^T|^2,   c_i = 1 / |tau_i|^2,   gradient 2 (W G - H),
+    G = sum_i c_i P_i^T P_i  (in, in),      H = sum_i c_i T_i P_i^T P_i  (out, in),
+
+with targets T_i (out, in) and probes P_i (any number of rows, in). G and H hold all that descent needs: the cost of a
+step does not grow with the number of models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import sqrt
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from .descent import Matrix
+from .tensors import Tensor
+
+#: Eigenvalues below this share of the largest are rounding: no data lies in these directions.
+_CUT = 1e-12
+
+#: Blocks of a layer whose matrices multiply the layer's inputs.
+_BLOCKS = ("attention.", "mlp.", "expert.", "shared_expert.")
+
+
+class Term(NamedTuple):
+    """One model's part of the loss: c, T and P."""
+
+    weight: float
+    target: Matrix
+    probe: Matrix
+
+
+class Spectrum(NamedTuple):
+    """The eigenvalues of G that are not rounding, descending, and their vectors (in, as many)."""
+
+    values: Matrix
+    vectors: Matrix
+
+
+@dataclass(frozen=True, eq=False)
+class Quadratic:
+    """H, and G: as itself, or (``few``) as Z with G = Z^T Z where the probes have fewer rows than columns."""
+
+    pull: Matrix
+    gram: Matrix
+    few: bool
+
+    def gradient(self, place: Matrix) -> Matrix:
+        """Of L, at W = ``place``."""
+        pushed = (place @ self.gram.T) @ self.gram if self.few else place @ self.gram
+        pushed -= self.pull
+        pushed *= 2
+        return pushed
+
+    def spectrum(self) -> Spectrum:
+        """The eigenvectors with an eigenvalue that is not rounding: signs, and turns within equal ones, are free."""
+        if self.few:
+            singular, across = np.linalg.svd(self.gram, full_matrices=False)[1:]
+            values, vectors = singular * singular, across.T
+        else:
+            values, vectors = np.linalg.eigh(self.gram)
+            values, vectors = values[::-1], vectors[:, ::-1]
+        kept = values > _CUT * values.max(initial=0)
+        return Spectrum(values[kept], vectors[:, kept])
+
+    def moved(self, start: Matrix, spectrum: Spectrum, shares: Matrix) -> Matrix:
+        """``start`` after its share of the way to the minimum along each vector; elsewhere it stays."""
+        there = (self.pull @ spectrum.vectors) / spectrum.values
+        way = (there - start @ spectrum.vectors) * shares
+        return np.asarray(start + way @ spectrum.vectors.T)
+
+
+def quadratic(terms: Iterator[Term], rows: int, shape: tuple[int, int]) -> Quadratic:
+    """The loss of ``terms``, whose probes have ``rows`` rows together, on matrices of this shape."""
+    few = rows < shape[1]
+    pull, gram, stacked = np.zeros(shape), np.zeros((0 if few else shape[1],) * 2), [np.zeros((0, shape[1]))]
+    for weight, target, probe in terms:
+        scaled = sqrt(weight) * probe
+        if few:
+            stacked.append(scaled)
+        else:
+            gram += scaled.T @ scaled
+        if len(probe) < shape[1]:
+            pull += (target @ scaled.T) @ scaled
+        else:
+            pull += target @ (scaled.T @ scaled)
+    return Quadratic(pull, np.concatenate(stacked) if few else gram, few)
+
+
+def task_vector(base: npt.NDArray[np.float32], model: npt.NDArray[np.float32]) -> Matrix:
+    """Fine-tuned minus base, as a matrix (first axis, the rest)."""
+    change = np.subtract(model, base, dtype=np.float64)
+    return change.reshape(len(change), -1)
+
+
+def squared_norm(matrix: Matrix) -> float:
+    """|A|_F^2."""
+    return float(np.vdot(matrix, matrix))
+
+
+def linear_weight(tensor: Tensor) -> bool:
+    """Whether it is a matrix of an attention block, a feed-forward block or an expert."""
+    return len(tensor.shape) == 2 and tensor.role is not None and tensor.role.role.startswith(_BLOCKS)

@@ -1,0 +1,223 @@
+"""WUDI-Merging: the task vector whose differences from all others are orthogonal to what these learnt from.
+
+Cheng et al., "Whoever started the interference should end it: guiding data-free model merging via task vectors", ICML
+2025, https://arxiv.org/abs/2503.08099. The loss and its G and H: see :mod:`smelt.methods.interference`, here with
+T_i = P_i = tau_i. Its minimum is W* = H G^+.
+
+Flavours. ``wudi`` is the paper's: 300 steps of Adam from W_0 = sum_i tau_i, of 1e-5 each whatever the size of the task
+vectors. The others, of the same authors' later code (github.com/WalkerWorldPeace/MLLMerging), take no steps: with the
+eigenpairs (lambda_k, v_k) of G,
+
+    W v_k = W_0 v_k + f_k (H v_k / lambda_k - W_0 v_k),
+
+so that scaling all task vectors scales the result. f falls with lambda, as where descent is stopped early:
+
+- ``iwudi``: ``filter_type`` exponential, f = 1 - exp(-lambda t).
+- ``swudi``: the same on the largest eigenvalues only, a fixed share of them.
+- ``aswudi``: f = 1 on the largest ones, as many as the spectrum itself suggests (``auto_rank_method``).
+
+Directions that no task vector has keep W_0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from ..kernels.program import Call, Copy, Whole, call
+from .descent import Matrix, adam, momentum_share
+from .effective_rank import LEVELS, RULES, Directions
+from .interference import Quadratic, Spectrum, Term, linear_weight, quadratic, squared_norm, task_vector
+from .registry import EXCLUDE, LAMBDA, Citation, Method, Parameter
+from .task_arithmetic import add_task_vectors
+from .tensors import Tensor
+
+Options = Mapping[str, Any]
+
+
+def merge(tensor: Tensor) -> Call | Copy | Whole:
+    assert tensor.base is not None
+    if tensor["lambda"] == 0:
+        return Copy(tensor.base)
+    if _solved(tensor):
+        return Whole(partial(solved, options=tensor.shared), {"base": tensor.base, "models": tensor.models})
+    if tensor["other"] == "base":
+        return Copy(tensor.base)
+    weights = (1 / tensor.size,) * tensor.size
+    return call(add_task_vectors, base=tensor.base, models=tensor.models, weights=weights, scale=tensor["lambda"])
+
+
+def _solved(tensor: Tensor) -> bool:
+    """Whether the loss is solved for this tensor."""
+    if tensor["scope"] == "linear":
+        return linear_weight(tensor)
+    many = len(tensor.shape) > 2 and tensor["flatten"]
+    return (len(tensor.shape) == 2 or many) and (tensor.role is None or tensor.role.role != "head")
+
+
+def solved(base: Any, models: tuple[Any, ...], options: Options) -> Matrix:
+    """theta_0 + lambda W for a matrix (out, in) or what is flattened to one; returns fp64 of its shape."""
+    merged = merged_vector(base, models, options)
+    return np.asarray(base + options["lambda"] * merged.reshape(base.shape), np.float64)
+
+
+def merged_vector(base: Any, models: tuple[Any, ...], options: Options) -> Matrix:
+    """W (out, in)."""
+    start = np.add.reduce([task_vector(base, model) for model in models])
+    if options["init"] != "sum":
+        start *= 1 / len(models) if options["init"] == "mean" else 0.0
+    form = quadratic(_terms(base, models), len(models) * len(start), start.shape)
+    if options["optimizer"] == "adam":
+        return adam(start, form.gradient, _rate(start, options), options["iter_num"])
+    spectrum = form.spectrum()
+    return form.moved(start, spectrum, _shares(form, start, spectrum, options))
+
+
+def _terms(base: Any, models: tuple[Any, ...]) -> Iterator[Term]:
+    """One per model that changed this matrix."""
+    for model in models:
+        change = task_vector(base, model)
+        if size := squared_norm(change):
+            yield Term(1 / size, change, change)
+
+
+def _rate(start: Matrix, options: Options) -> float:
+    """The step: absolute, or in units of the start's root mean square."""
+    if options["lr_relative"] is None:
+        return float(options["lr"])
+    return float(options["lr_relative"] * np.sqrt(squared_norm(start) / max(1, start.size)))
+
+
+# --- how far along each direction -----------------------------------------------------------------------
+
+
+def _shares(form: Quadratic, start: Matrix, spectrum: Spectrum, options: Options) -> Matrix:
+    """f for each eigenvalue."""
+    if options["optimizer"] == "sgd":
+        return momentum_share(2 * spectrum.values, _rate(start, options), options["momentum"], options["iter_num"])
+    shares = FILTERS[options["filter_type"]](spectrum.values, options)
+    shares[_rank(form, start, spectrum, options) :] = 0
+    return shares
+
+
+def _exponential(values: Matrix, options: Options) -> Matrix:
+    ridge = values / (values + (options["tikhonov_alpha"] or 0.0))
+    return np.asarray(ridge * -(np.expm1(-values * options["exp_time"]) ** options["filter_gamma"]))
+
+
+def _landweber(values: Matrix, options: Options) -> Matrix:
+    left = 1 - options["landweber_eta_ratio"] * values / values[0]
+    return np.asarray(1 - left ** options["landweber_steps"])
+
+
+def _tikhonov(values: Matrix, options: Options) -> Matrix:
+    alpha = 0.01 if options["tikhonov_alpha"] is None else options["tikhonov_alpha"]
+    return np.asarray(values / (values + alpha))
+
+
+def _none(values: Matrix, options: Options) -> Matrix:
+    return np.ones_like(values)
+
+
+FILTERS: dict[str, Callable[[Matrix, Options], Matrix]] = {
+    "none": _none, "exponential": _exponential, "landweber": _landweber, "tikhonov": _tikhonov,
+}  # fmt: skip
+
+
+def _rank(form: Quadratic, start: Matrix, spectrum: Spectrum, options: Options) -> int:
+    """How many of the largest eigenvalues are kept."""
+    rule, columns, least = options["auto_rank_method"], start.shape[1], int(options["min_rank"])
+    if rule == "none" or not len(spectrum.values):
+        return int(columns)
+    level = LEVELS.get(rule, 0.0) if options["rank_level"] is None else options["rank_level"]
+    bound = max(least, round(options["max_rank_ratio"] * columns))
+    found = max(least, min(RULES[rule](_directions(form, start, spectrum), level), bound))
+    scaled = round(found * float(options["rank_scale"]))
+    return int(max(least, min(columns, scaled)))
+
+
+def _directions(form: Quadratic, start: Matrix, spectrum: Spectrum) -> Directions:
+    """All directions of the rows' space: those that no task vector has count 0."""
+    free = np.zeros(start.shape[1] - len(spectrum.values))
+
+    def squares(matrix: Matrix) -> Matrix:
+        return np.append(((matrix @ spectrum.vectors) ** 2).sum(axis=0), free)
+
+    return Directions(np.append(spectrum.values, free), squares(form.pull), squares(start), start.shape)
+
+
+# --- the record -----------------------------------------------------------------------------------------
+
+
+def holds(tensor: Tensor) -> tuple[int, int]:
+    """Task vectors, the work of descent, and three matrices (in, in) or less."""
+    if not tensor.count or not _solved(tensor):
+        return 1, 0
+    columns = prod(tensor.shape[1:])
+    return tensor.count, 8 * (2 * tensor.size + 6) + 24 * columns // tensor.shape[0]
+
+
+_CLOSED = ("aswudi", "iwudi", "swudi")
+_RULED = tuple(rule for rule in RULES if rule != "none")
+
+METHODS = (
+    Method(
+        name="wudi",
+        title="WUDI-Merging",
+        summary="the task vector that disturbs none of the others' inputs, by a quadratic form",
+        advice="For several fine-tunes of one base, without data; the default has nothing to tune.",
+        citation=Citation(
+            "Whoever started the interference should end it: guiding data-free model merging via task vectors",
+            "Cheng et al.", "ICML 2025", "https://arxiv.org/abs/2503.08099",
+        ),
+        merge=merge,
+        holds=holds,
+        parameters=(
+            LAMBDA,
+            Parameter("scope", "str", "matrices", "what is solved: all matrices but the head, or those of attention "
+                      "and feed-forward blocks", choices=("matrices", "linear")),
+            Parameter("flatten", "bool", False, "solve tensors of three and more axes as (first axis, the rest)",
+                      when=("scope", ("matrices",))),
+            Parameter("other", "str", "mean", "what becomes of the other tensors: the mean, or the base's",
+                      choices=("mean", "base")),
+            Parameter("init", "str", "sum", "where the solution stands in directions that are not solved: W_0",
+                      choices=("sum", "mean", "zero")),
+            Parameter("filter_type", "str", "none", "how f falls with the eigenvalue", choices=tuple(FILTERS),
+                      defaults=(("iwudi", "exponential"), ("swudi", "exponential")), when=("variant", _CLOSED)),
+            Parameter("exp_time", "float", 300.0, "t of the exponential filter", low=0,
+                      defaults=(("swudi", 1300.0),), when=("filter_type", ("exponential",))),
+            Parameter("filter_gamma", "float", 1.0, "power of the exponential filter", low=0, open_low=True,
+                      when=("filter_type", ("exponential",))),
+            Parameter("tikhonov_alpha", "float", None, "a in the factor lambda / (lambda + a); default: 0.01 for the "
+                      "Tikhonov filter, none for the exponential one", low=0,
+                      when=("filter_type", ("tikhonov", "exponential"))),
+            Parameter("landweber_steps", "int", 150, "steps of descent", low=0, when=("filter_type", ("landweber",))),
+            Parameter("landweber_eta_ratio", "float", 0.9, "step times the largest eigenvalue", low=0, high=1,
+                      when=("filter_type", ("landweber",))),
+            Parameter("auto_rank_method", "str", "participation_sqrt", "how many eigenvalues are kept per matrix",
+                      choices=tuple(RULES), defaults=(("iwudi", "none"), ("swudi", "ratio"), ("wudi", "none")),
+                      when=("variant", _CLOSED)),
+            Parameter("rank_level", "float", None, "the rule's number; default: "
+                      + ", ".join(f"{rule} {level:g}" for rule, level in LEVELS.items()), low=0,
+                      when=("auto_rank_method", tuple(LEVELS))),
+            Parameter("rank_scale", "float", 1.0, "factor of the rank that is found", low=0, open_low=True,
+                      when=("auto_rank_method", _RULED)),
+            Parameter("min_rank", "int", 1, "least rank", low=0, when=("auto_rank_method", _RULED)),
+            Parameter("max_rank_ratio", "float", 1.0, "greatest rank, as a share of the columns", low=0, high=1,
+                      open_low=True, when=("auto_rank_method", _RULED)),
+            Parameter("optimizer", "str", "none", "steps of descent instead of a filter",
+                      choices=("none", "adam", "sgd"), defaults=(("wudi", "adam"),), when=("variant", ("wudi",))),
+            Parameter("iter_num", "int", 300, "steps", low=0, when=("optimizer", ("adam", "sgd"))),
+            Parameter("lr", "float", 1e-5, "size of a step", low=0, when=("optimizer", ("adam", "sgd"))),
+            Parameter("lr_relative", "float", None, "size of a step over the root mean square of W_0, instead of lr",
+                      low=0, when=("optimizer", ("adam", "sgd"))),
+            Parameter("momentum", "float", 0.0, "of sgd", low=0, high=1, when=("optimizer", ("sgd",))),
+            EXCLUDE,
+        ),
+        variants=("aswudi", "iwudi", "swudi", "wudi"),
+    ),
+)  # fmt: skip
