@@ -1,4 +1,4 @@
-"""Laws of the methods that make the interference of task vectors small: wudi."""
+"""Laws of the methods that make the interference of task vectors small: wudi, doge."""
 
 from __future__ import annotations
 
@@ -165,3 +165,50 @@ def test_wudi_does_not_mind_the_order_of_models() -> None:
     first, second = (merge_tensors("wudi", order, BASE) for order in ([X, Y, Z], [Z, X, Y]))
     assert_close(first, second)
     assert bits(first) != bits(BASE)
+
+
+# --- doge -----------------------------------------------------------------------------------------------
+
+#: No mask: what is merged is what descent found.
+UNMASKED = {"density": 1.0, "lambda": 0.5}
+
+
+def test_doge_without_steps_adds_task_vectors_of_one_norm() -> None:
+    deltas = changes((12, 16))
+    wanted = sum(0.5 * delta / np.linalg.norm(delta) for delta in deltas)
+    np.testing.assert_allclose(merged("doge", deltas, steps=0, **UNMASKED), wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_doge_makes_its_loss_smaller_and_avoids_what_is_shared() -> None:
+    deltas = changes((12, 16))
+    factors = [0.5 / np.linalg.norm(delta) for delta in deltas]
+
+    def loss(merged_vector: Any) -> float:
+        return float(sum(((d * (d - merged_vector)).sum(axis=1) ** 2).sum() for d in deltas))
+
+    start = sum(f * d for f, d in zip(factors, deltas, strict=True))
+    losses = [loss(merged("doge", deltas, steps=steps, lr=0.1, subspace=99, **UNMASKED)) for steps in (0, 1, 2, 50)]
+    assert losses[0] == pytest.approx(loss(start))
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.9 * losses[0]
+    first = merged("doge", deltas, steps=1, lr=1e-2, subspace=1, **UNMASKED)
+    np.testing.assert_allclose(first, start, atol=1e-6)
+
+
+def test_normalised_doge_scales_with_the_task_vectors() -> None:
+    known = {"relative": True, "normalise": True, "density": 0.4, "lambda": 0.3}
+    small, large = (merged("doge", changes((12, 16), scale=scale), **known) for scale in (2.0**-12, 1.0))
+    np.testing.assert_allclose(small * 2.0**12, large, rtol=1e-9, atol=1e-12)
+
+
+def test_doge_masks_by_one_threshold_over_all_matrices() -> None:
+    """With one matrix a hundred times as large as the other, nothing of the small one is left."""
+    base = {name: np.zeros((8, 8)) for name in ("large", "small", "norm.weight")}
+    models = [
+        {"large": a, "small": 0.01 * a, "norm.weight": a}
+        for a in (delta + np.sign(delta) for delta in changes((8, 8), 2))
+    ]
+    out = merge_tensors("doge", models, base, parameters={"density": 0.25, "steps": 0, "lambda": 1.0})
+    assert not out["small"].any()
+    assert not out["norm.weight"].any()
+    assert (out["large"] != 0).sum() >= 32

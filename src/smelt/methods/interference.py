@@ -107,5 +107,6 @@ def squared_norm(matrix: Matrix) -> float:
 
 
 def linear_weight(tensor: Tensor) -> bool:
-    """Whether it is a matrix of an attention block, a feed-forward block or an expert."""
-    return len(tensor.shape) == 2 and tensor.role is not None and tensor.role.role.startswith(_BLOCKS)
+    """Whether it is a matrix of an attention block, a feed-forward block or an expert, or of unknown use."""
+    role = "other" if tensor.role is None else tensor.role.role
+    return len(tensor.shape) == 2 and role.startswith((*_BLOCKS, "other"))

@@ -35,4 +35,14 @@ def untouched(said: str) -> dict[str, str]:
     return {"scope": "linear", "other": "base"}
 
 
-RUNNERS = {"wudi": wudi}
+def doge(inputs: Inputs, parameters: dict[str, Any]) -> Arrays:
+    given = dict(parameters)
+    if given.pop("optimizer", "adam") != "adam":
+        raise Mismatch(f"optimizer {parameters['optimizer']!r} is not known")
+    share = given.pop("K", 30)
+    given["density"] = share / 100 if share > 1 else share
+    given["lambda"] = given.pop("lamda", 0.07)
+    return smelt.merge_tensors("doge", inputs.each("model"), inputs.base, parameters=given)
+
+
+RUNNERS = {"wudi": wudi, "doge": doge}
