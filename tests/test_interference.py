@@ -1,4 +1,4 @@
-"""Laws of the methods that make the interference of task vectors small: wudi, doge."""
+"""Laws of the methods that make the interference of task vectors small: wudi, doge, optmerge."""
 
 from __future__ import annotations
 
@@ -212,3 +212,38 @@ def test_doge_masks_by_one_threshold_over_all_matrices() -> None:
     assert not out["small"].any()
     assert not out["norm.weight"].any()
     assert (out["large"] != 0).sum() >= 32
+
+
+# --- optmerge -------------------------------------------------------------------------------------------
+
+
+def test_optmerge_of_full_rank_is_wudi() -> None:
+    deltas = changes((12, 16))
+    out = merged("optmerge", deltas, truncate_rank_ratio=1.0, mode="full", iter_num=20)
+    np.testing.assert_allclose(out, merged("wudi", deltas, variant="wudi", iter_num=20), atol=1e-9)
+
+
+@pytest.mark.parametrize(("mode", "factor"), [("full", 1.0), ("lora", 1 / 3)])
+def test_optmerge_begins_at_the_sum_or_at_the_mean(mode: str, factor: float) -> None:
+    deltas = changes((12, 16))
+    for still in ({"lr": 0.0}, {"iter_num": 0}):
+        np.testing.assert_allclose(merged("optmerge", deltas, mode=mode, **still), factor * sum(deltas), atol=1e-12)
+
+
+def test_optmerge_tells_adapters_from_their_rank() -> None:
+    full = changes((12, 16))
+    low = [delta[:, :1] @ delta[:1] for delta in full]
+    for deltas, mode in ((full, "full"), (low, "lora"), ([*low[:2], full[2]], "full")):
+        np.testing.assert_array_equal(merged("optmerge", deltas), merged("optmerge", deltas, mode=mode))
+
+
+def test_optmerge_leaves_encoders_embeddings_heads_norms_and_biases() -> None:
+    base = llama(0)
+    out = merge_tensors("optmerge", [fine_tuned(base, seed) for seed in (1, 2)], base)
+    kept = {name for name in base if np.array_equal(out[name], base[name])}
+    assert kept == {name for name in base if "norm" in name or name in ("lm_head.weight", "model.embed_tokens.weight")}
+
+
+def test_momentum_has_no_effect_on_adam() -> None:
+    with pytest.raises(UsageError, match="momentum has no effect with mode: full"):
+        merge_tensors("optmerge", [X, Y], BASE, parameters={"mode": "full", "momentum": 0.5})

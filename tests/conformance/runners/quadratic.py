@@ -45,4 +45,19 @@ def doge(inputs: Inputs, parameters: dict[str, Any]) -> Arrays:
     return smelt.merge_tensors("doge", inputs.each("model"), inputs.base, parameters=given)
 
 
-RUNNERS = {"wudi": wudi, "doge": doge}
+_TUNED = {"internvl_full_ft": "full", "qwenvl_lora": "lora"}
+
+
+def optmerge(inputs: Inputs, parameters: dict[str, Any]) -> Arrays:
+    given = dict(parameters)
+    if given.pop("rank", "int(min(m,n)/n_models)") != "int(min(m,n)/n_models)":
+        raise Mismatch(f"rank {parameters['rank']!r} is not known")
+    variant = given.pop("variant")
+    if variant not in _TUNED:
+        raise Mismatch(f"variant {variant!r} is not known")
+    given.update(mode=_TUNED[variant], **{"lambda": given.pop("scaling_coefficient", 1.0)})
+    given["exclude"] = given.pop("exclude_param_names_regex", [])
+    return smelt.merge_tensors("optmerge", inputs.each("model"), inputs.base, parameters=given)
+
+
+RUNNERS = {"wudi": wudi, "doge": doge, "optmerge": optmerge}
