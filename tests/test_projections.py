@@ -1,4 +1,4 @@
-"""Laws of the methods that project: regmean."""
+"""Laws of the methods that project: regmean, widen."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import smelt
 from smelt.errors import InputRejected
 from tests.small_models import Arrays
-from tests.tensors import assert_close
+from tests.tensors import BASE, X, Y, Z, assert_close, bits
 
 merge_tensors = smelt.merge_tensors
 
@@ -56,3 +56,44 @@ def test_regmean_keeps_the_mean_of_features_never_seen(ratio: float) -> None:
     found = merge_tensors("regmean", models, statistics=[gram(x) for x in inputs], parameters=options)["w"]
     np.testing.assert_allclose(found[:, 1:], merge_tensors("linear", models)["w"][:, 1:], atol=1e-6)
     assert not np.allclose(found[:, 0], merge_tensors("linear", models)["w"][:, 0], atol=1e-3)
+
+
+# --- widen --------------------------------------------------------------------------------------------------
+
+
+def test_widen_of_what_all_changed_much_is_the_sum() -> None:
+    """Threshold 0: every column but the lowest-ranked one of each table."""
+    out = merge_tensors("widen", [X, Y], BASE, parameters={"above_average_value_ratio": 0.0})
+    total = merge_tensors("task_arithmetic", [X, Y], BASE)
+    apart = np.abs(out["matrix"] - total["matrix"]).max(axis=0) > 1e-6
+    assert 1 <= apart.sum() <= 4
+
+
+def test_widen_never_above_average_averages_models_that_changed_alike() -> None:
+    out = merge_tensors("widen", [X] * 3, BASE, parameters={"above_average_value_ratio": 2.5})
+    assert_close({"matrix": out["matrix"]}, {"matrix": X["matrix"]})
+
+
+def test_widen_follows_its_columns_and_of_a_token_table_its_rows() -> None:
+    order = np.random.default_rng(0).permutation(33)
+    turned = [{"w": m["matrix"][:, order]} for m in (BASE, X, Y, Z)]
+    plain = merge_tensors("widen", [{"w": m["matrix"]} for m in (X, Y, Z)], {"w": BASE["matrix"]})
+    assert (merge_tensors("widen", turned[1:], turned[0])["w"] == plain["w"][:, order]).all()
+    tables = [{"model.embed_tokens.weight": np.ascontiguousarray(m["matrix"].T)} for m in (BASE, X, Y, Z)]
+    table = merge_tensors("widen", tables[1:], tables[0])["model.embed_tokens.weight"]
+    np.testing.assert_allclose(table, plain["w"].T, atol=1e-6)
+
+
+def test_widen_sees_changes_below_the_resolution_of_a_cosine() -> None:
+    """A thousandth of every change has the same ranks of direction and nearly those of length."""
+    base = BASE["matrix"].astype(np.float64)
+    small = merge_tensors("widen", [{"w": base + 1e-6 * (m["matrix"] - base)} for m in (X, Y)], {"w": base})
+    smaller = merge_tensors("widen", [{"w": base + 1e-7 * (m["matrix"] - base)} for m in (X, Y)], {"w": base})
+    np.testing.assert_allclose((small["w"] - base) / 1e-6, (smaller["w"] - base) / 1e-7, atol=1e-3)
+
+
+def test_widen_takes_a_convolution_as_a_matrix() -> None:
+    flat = [{"w": drawn(seed, 6, 20)} for seed in range(3)]
+    kernels = [{"w": m["w"].reshape(6, 5, 2, 2)} for m in flat]
+    wanted = merge_tensors("widen", flat[1:], flat[0])["w"]
+    assert bits({"w": merge_tensors("widen", kernels[1:], kernels[0])["w"].reshape(6, 20)}) == bits({"w": wanted})

@@ -31,4 +31,11 @@ def weights(modules: Arrays) -> Arrays:
     return {f"{module}.weight": array for module, array in modules.items()}
 
 
-RUNNERS = {"regmean": regmean}
+def widen(inputs: Inputs, parameters: dict[str, Any]) -> Arrays:
+    """The reference divides by the length of a column; the precision that it ran in is not ours to choose."""
+    given = {name: value for name, value in parameters.items() if name not in ("reference_dtype", "variant")}
+    given = {"zero_column": "reference", "exclude": given.pop("exclude_param_names_regex", ()), **given}
+    return smelt.merge_tensors("widen", inputs.each("model"), inputs.base, parameters=given)
+
+
+RUNNERS = {"regmean": regmean, "widen": widen}
