@@ -1,4 +1,4 @@
-"""Laws of the methods that project: regmean, widen."""
+"""Laws of the methods that project: regmean, widen, opcm."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 import smelt
 from smelt.errors import InputRejected
+from smelt.methods.opcm import dominated
 from tests.small_models import Arrays
 from tests.tensors import BASE, X, Y, Z, assert_close, bits
 
@@ -97,3 +98,41 @@ def test_widen_takes_a_convolution_as_a_matrix() -> None:
     kernels = [{"w": m["w"].reshape(6, 5, 2, 2)} for m in flat]
     wanted = merge_tensors("widen", flat[1:], flat[0])["w"]
     assert bits({"w": merge_tensors("widen", kernels[1:], kernels[0])["w"].reshape(6, 20)}) == bits({"w": wanted})
+
+
+# --- opcm ---------------------------------------------------------------------------------------------------
+
+
+def norm(out: Arrays) -> float:
+    return float(np.sqrt(sum(((a.astype(np.float64) - BASE[name]) ** 2).sum() for name, a in out.items())))
+
+
+@pytest.mark.parametrize("options", [{}, {"alpha": 1.0}, {"alpha": 0.0, "zero_diagonal": True}])
+def test_opcm_keeps_the_mean_distance_from_the_base(options: dict[str, Any]) -> None:
+    models = [X, Y, {name: BASE[name] + 3 * (a - BASE[name]) for name, a in Z.items()}]
+    out = merge_tensors("opcm", models, BASE, parameters=options)
+    assert norm(out) == pytest.approx(sum(map(norm, models)) / 3, rel=1e-5)
+
+
+def test_opcm_adds_nothing_to_what_dominates() -> None:
+    total, delta = drawn(0, 9, 6).astype(np.float64), drawn(1, 9, 6).astype(np.float64)
+    left, sigma, right = np.linalg.svd(total, full_matrices=False)
+    for diagonal in (False, True):
+        rest = left.T @ (delta - dominated(total, delta, 0.5, diagonal)) @ right.T
+        count = int((np.cumsum(sigma) <= sigma.sum() / 2).sum())
+        assert 0 < count < 6
+        np.testing.assert_allclose(rest[:count, :count], 0, atol=1e-12)
+        assert np.allclose(np.diag(rest), 0, atol=1e-12) == diagonal
+        assert (np.abs(rest[count:, :count]) > 1e-6).all()
+
+
+def test_opcm_at_its_ends() -> None:
+    """Nothing dominates: the sum at the mean norm. One model: itself. After nothing: as the first."""
+    assert bits(merge_tensors("opcm", [X], BASE)) == bits(dict(sorted(X.items())))
+    plain = merge_tensors("task_arithmetic", [X, Y], BASE)
+    factor = (norm(X) + norm(Y)) / 2 / norm(plain)
+    wanted = {name: BASE[name] + np.float32(factor) * (a - BASE[name]) for name, a in plain.items()}
+    assert_close(merge_tensors("opcm", [X, Y], BASE, parameters={"alpha": 0.0}), wanted)
+    second = {**BASE, "matrix": X["matrix"]}
+    out = merge_tensors("opcm", [BASE, second], BASE, parameters={"zero_diagonal": True})
+    np.testing.assert_allclose(out["matrix"], (BASE["matrix"] + X["matrix"]) / 2, atol=1e-6)

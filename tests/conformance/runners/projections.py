@@ -38,4 +38,14 @@ def widen(inputs: Inputs, parameters: dict[str, Any]) -> Arrays:
     return smelt.merge_tensors("widen", inputs.each("model"), inputs.base, parameters=given)
 
 
-RUNNERS = {"regmean": regmean, "widen": widen}
+def opcm(inputs: Inputs, parameters: dict[str, Any]) -> Arrays:
+    """What a case tells of the result (the last lambda, the mean norm) is no parameter."""
+    if parameters.get("shuffle_order") or "operation" in parameters:
+        raise Mismatch("only the merge of all models in the order given is known")
+    models = inputs.each("model")
+    given = {name: parameters[name] for name in ("alpha", "zero_diagonal") if name in parameters}
+    order = parameters.get("order", range(len(models)))
+    return smelt.merge_tensors("opcm", [models[index] for index in order], inputs.base, parameters=given)
+
+
+RUNNERS = {"regmean": regmean, "widen": widen, "opcm": opcm}
