@@ -150,11 +150,14 @@ def spoilt(arrays: Arrays, value: float) -> Arrays:
     return bad
 
 
-#: Where it is the factor of the merged vector, which a value per model is not.
+#: Where it is the factor of the merged vector on a base, which a value per model is not.
 WITH_LAMBDA = [
     n
     for n in smelt.methods.names()
-    if (p := smelt.methods.get(n).parameter("lambda")) and p.when is None and not p.per_model
+    if (p := smelt.methods.get(n).parameter("lambda"))
+    and p.when is None
+    and not p.per_model
+    and smelt.methods.get(n).base == "required"
 ]
 
 

@@ -1,7 +1,8 @@
-"""Laws of the methods that project: regmean, widen, opcm."""
+"""Laws of the methods that project: regmean, widen, opcm, lore."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 import smelt
 from smelt.errors import InputRejected
+from smelt.methods.lore import estimated, shrunk
 from smelt.methods.opcm import dominated
 from tests.small_models import Arrays
 from tests.tensors import BASE, X, Y, Z, assert_close, bits
@@ -136,3 +138,43 @@ def test_opcm_at_its_ends() -> None:
     second = {**BASE, "matrix": X["matrix"]}
     out = merge_tensors("opcm", [BASE, second], BASE, parameters={"zero_diagonal": True})
     np.testing.assert_allclose(out["matrix"], (BASE["matrix"] + X["matrix"]) / 2, atol=1e-6)
+
+
+# --- lore ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.1, 1e3])
+def test_lore_of_two_equal_weights_is_the_mean(threshold: float) -> None:
+    out = merge_tensors("lore", [X, Y], parameters={"threshold": threshold})
+    assert_close(out, merge_tensors("linear", [X, Y]))
+
+
+def test_lore_of_two_unequal_weights_in_closed_form() -> None:
+    out = merge_tensors("lore", [X, Y], parameters={"threshold": 0.3}, per_model={"weight": [3.0, 1.0]})
+    half = shrunk((X["matrix"].astype(np.float64) - Y["matrix"]) / 2, 0.3)
+    np.testing.assert_allclose(out["matrix"], (X["matrix"] + Y["matrix"]) / 2 + half / 2, atol=1e-6)
+    linear = merge_tensors("linear", [X, Y], per_model={"weight": [0.75, 0.25]})
+    assert_close({"row": out["row"]}, {"row": linear["row"]})
+
+
+def test_lore_descends_to_a_fixed_point() -> None:
+    models = [drawn(seed, 12, 7).astype(np.float64) for seed in range(4)]
+
+    def objective(rounds: int) -> float:
+        base, deltas = estimated(models, 2.0, rounds)
+        parts = zip(models, deltas, strict=True)
+        return sum(((base + d - m) ** 2).sum() / 2 + 2.0 * np.linalg.norm(d, "nuc") for m, d in parts)
+
+    course = [objective(rounds) for rounds in (1, 2, 5, 20, 500)]
+    assert all(later <= sooner + 1e-9 for sooner, later in pairwise(course))
+    assert course[-1] < course[0]
+    base, deltas = estimated(models, 2.0, 500)
+    np.testing.assert_allclose(sum(m - base - d for m, d in zip(models, deltas, strict=True)), 0, atol=1e-6)
+
+
+def test_lore_takes_a_convolution_as_a_matrix() -> None:
+    flat = [{"w": drawn(seed, 6, 20)} for seed in range(3)]
+    kernels = [{"w": m["w"].reshape(6, 5, 2, 2)} for m in flat]
+    whole, parts = (merge_tensors("lore", models, parameters={"threshold": 2.0})["w"] for models in (flat, kernels))
+    assert (parts.reshape(6, 20) == whole).all()
+    assert not np.allclose(whole, merge_tensors("linear", flat)["w"], atol=1e-3)
