@@ -41,13 +41,14 @@ def test_regmean_fits_all_outputs_best() -> None:
 
 
 def test_regmean_of_equal_or_missing_grams_is_the_mean() -> None:
-    models = [{"w": drawn(seed, 5, 4), "v": drawn(seed, 3)} for seed in range(2)]
-    known = gram(drawn(2, 50, 4))
+    models = [{"w": drawn(seed, 5, 4), "u": drawn(seed + 2, 3, 4), "v": drawn(seed, 3)} for seed in range(2)]
+    known = gram(drawn(2, 50, 4))["gram"]["w"]
+    both, one = {"gram": {"w": known, "u": known}}, {"gram": {"u": known}}
     mean = merge_tensors("linear", models)
-    assert_close(merge_tensors("regmean", models, statistics=[known, known]), mean)
-    some = [known, {"gram": {"u": known["gram"]["w"]}}]
+    assert_close(merge_tensors("regmean", models, statistics=[both, both]), mean)
+    assert_close(merge_tensors("regmean", models, statistics=[both, one], parameters={"missing": "mean"}), mean)
     with pytest.raises(InputRejected, match="no gram of 1 tensor"):
-        merge_tensors("regmean", models, statistics=some)
+        merge_tensors("regmean", models, statistics=[both, one])
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.9, 1.0])
