@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from .compile import kernel_for
-from .dtypes import DTYPES
 from .generate import magnitude_of, precision_of
 from .program import SUM_BLOCK, Call, Draw, Mask, Operand, Step
 from .random import BLOCK
@@ -117,8 +116,3 @@ def _at(item: Any, position: int) -> float:
     if isinstance(item, Step):
         return item.before if position < item.cut else item.after
     return float(item)
-
-
-def storage_type(dtype: str) -> type[np.generic]:
-    """The numpy type in which elements of ``dtype`` travel."""
-    return DTYPES[dtype].storage

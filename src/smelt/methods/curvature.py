@@ -16,8 +16,14 @@ from ..kernels.broadcast import LowRank, rank_one
 from ..kernels.program import Operand, Rows
 from ..kernels.vocabulary import sqrt, where
 from .operator_norm import Change, operator_norms
-from .registry import Statistic, Steps
+from .registry import Citation, Statistic, Steps
 from .tensors import Tensor, delta, identity
+
+#: OTA-merging and fast Fisher grafting are two parts of one paper.
+CITATION = Citation(
+    "Harnessing optimization dynamics for curvature-informed model merging", "Mahdavinia et al.", "arXiv 2025",
+    "https://arxiv.org/abs/2509.11167",
+)  # fmt: skip
 
 CURVATURE = Statistic("exp_avg_sq", also=("fisher",), factored=True)
 
@@ -29,11 +35,6 @@ def saliency(base: Any, model: Any, curvature: Any) -> Any:
     """What reverting the change costs to second order, but for a factor of 2."""
     tau = model - base
     return curvature * (tau * tau)
-
-
-def root_saliency(base: Any, model: Any, curvature: Any) -> Any:
-    """Orders as the saliency does, and does not underflow."""
-    return sqrt(curvature) * abs(model - base)
 
 
 def powered(x: Any, digits: Any) -> Any:

@@ -25,8 +25,8 @@ import numpy as np
 
 from ..kernels.program import Copy, Rank, call
 from ..kernels.vocabulary import sqrt, where
-from .curvature import CURVATURE, compressed, restored
-from .registry import EXCLUDE, Citation, Method, Parameter, Steps
+from .curvature import CITATION, CURVATURE, compressed, restored
+from .registry import EXCLUDE, Method, Parameter, Steps
 from .tensors import Model, Tensor
 
 
@@ -119,10 +119,7 @@ METHODS = (
         title="FFG, fast Fisher grafting",
         summary="keep the changes that matter by curvature, revert the rest",
         advice="For one fine-tune, before it is merged: the least density at which it keeps its skill, 0.1-0.5.",
-        citation=Citation(
-            "Harnessing optimization dynamics for curvature-informed model merging", "Mahdavinia et al.",
-            "arXiv 2025", "https://arxiv.org/abs/2509.11167",
-        ),
+        citation=CITATION,
         merge=merge,
         survey=survey,
         passes=passes,

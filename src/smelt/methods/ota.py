@@ -27,9 +27,9 @@ from typing import Any
 from ..errors import UsageError
 from ..kernels.program import Call, Copy, Operand, Rank, Totals, call
 from ..kernels.vocabulary import where
-from .curvature import CURVATURE, compressed, digits_of, powered, restored, saliency
+from .curvature import CITATION, CURVATURE, compressed, digits_of, powered, restored, saliency
 from .linear import weighted_sum
-from .registry import EXCLUDE, Citation, Method, Parameter, Steps
+from .registry import EXCLUDE, Method, Parameter, Steps
 from .tensors import Model, Tensor
 
 # --- the element formulas: ``anchor`` is the base, else the first model -------------------------------------
@@ -258,10 +258,7 @@ METHODS = (
         title="OTA-merging",
         summary="task vectors weighted and masked by Adam's second moment",
         advice="For fine-tunes of one base whose optimizer states were kept; power 0.5 with thresholds, 1 without.",
-        citation=Citation(
-            "Harnessing optimization dynamics for curvature-informed model merging", "Mahdavinia et al.",
-            "arXiv 2025", "https://arxiv.org/abs/2509.11167",
-        ),
+        citation=CITATION,
         merge=merge,
         survey=survey,
         passes=passes,
