@@ -7,12 +7,16 @@
     `- InputRejected           exit 3: an input is malformed, incompatible or unsafe
 
 A message is one line: what, where (model, file, tensor), found, expected, what to do. Names that come
-out of a file are passed through :func:`show` first, so that no terminal escape survives.
+out of a file are passed through :func:`show` first, so that no terminal escape survives. URLs lose what may be
+secret in them.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)([^/\s'\"<>?#]*@)?([^\s'\"<>?#]*)(\?[^\s'\"<>#]*)?")
 
 
 class SmeltError(Exception):
@@ -33,8 +37,14 @@ class SmeltError(Exception):
 
 
 def _printable(problem: str) -> str:
-    """The text on one line, without terminal escapes: a path or a label may hold anything."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in problem)
+    """The text on one line, without terminal escapes or secrets: a path or a label may hold anything."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in problem)
+    return without_secrets(line)
+
+
+def without_secrets(text: str) -> str:
+    """The text with its URLs cut: no user name, no password, no query."""
+    return _URL.sub(r"\1\3", text) if "://" in text else text
 
 
 class OperationFailed(SmeltError):

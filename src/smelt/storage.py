@@ -30,13 +30,17 @@ _MOST = 0x7FFFF000
 
 @dataclass(frozen=True, slots=True)
 class FileIdentity:
-    """What a file was when it was opened; compared again after the last read."""
+    """What a file was when it was opened; compared again after the last read.
+
+    Of a remote file ``path`` is the bare name, and ``version`` tells its states apart.
+    """
 
     path: Path
     device: int
     inode: int
     size: int
     mtime_ns: int
+    version: str = ""
 
 
 def shown(path: object) -> str:
@@ -351,6 +355,24 @@ def write_atomically(path: Path, data: bytes) -> None:
         with open(temporary, "wb") as file:
             file.write(data)
         os.replace(temporary, path)
+
+
+def cache_folder(part: str) -> Path | None:
+    """A private folder in $SMELT_CACHE, else in the user's cache; None when it cannot be written."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = Path(os.environ.get("SMELT_CACHE") or os.path.join(home, "smelt")) / part
+    try:
+        make_folders(folder)
+        usable = os.access(folder, os.W_OK) and folder.stat().st_uid == os.getuid()
+    except OperationFailed:
+        return None
+    return folder if usable else None
+
+
+def forget(path: Path) -> None:
+    """Remove a file of a cache, if it can be."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)
 
 
 def listdir(path: Path) -> list[str]:

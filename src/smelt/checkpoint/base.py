@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from ..kernels.dtypes import DTYPES
 from ..storage import FileIdentity as FileIdentity
+from .place import LocalPlace
 from .side import SideFiles
 
 
@@ -57,6 +58,7 @@ class Checkpoint(ABC, Mapping[str, npt.NDArray[Any]]):
     revision: the hub commit hash the label was resolved to, or None.
     metadata: the ``__metadata__`` strings of the file(s), merged.
     notices: what is worth a warning but no refusal.
+    scratch: bytes of memory that reading takes beside what it fills, however many checkpoints do.
     """
 
     label: str
@@ -66,11 +68,16 @@ class Checkpoint(ABC, Mapping[str, npt.NDArray[Any]]):
     notices: Sequence[str] = ()
     folder: Path | None = None
     revision: str | None = None
+    scratch: int = 0
 
     @property
     def side_files(self) -> Mapping[str, bytes]:
         """The files beside the weights by name, each read when it is asked for."""
-        return SideFiles(self.folder)
+        return SideFiles(LocalPlace(self.folder) if self.folder is not None else None)
+
+    def strip(self) -> None:
+        """Forget all but the tensors."""
+        self.folder, self.config = None, {}
 
     @abstractmethod
     def read(self, name: str, start: int, out: npt.NDArray[Any]) -> None:

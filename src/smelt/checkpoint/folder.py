@@ -1,4 +1,4 @@
-"""A checkpoint on disk: a Hugging Face style folder, or one safetensors file."""
+"""A checkpoint in files: a Hugging Face style folder, or one safetensors file, on disk or elsewhere."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ from .. import storage
 from ..errors import InputRejected, show
 from ..storage import FileIdentity
 from .base import Checkpoint, TensorInfo
-from .documents import read_json
+from .place import LocalPlace, Place
 from .safetensors import MAX_TENSORS, SafetensorsFile
-from .selection import ADAPTER, NUMBERED, WeightMap, choose, present, read_index, refuse_other_formats
+from .selection import ADAPTER, NUMBERED, WeightMap, choose, read_index, refuse_other_formats
+from .side import SideFiles
+
+#: A place, and the one file in it that is meant, or None.
+Target = tuple[Place, str | None]
 
 _MOST_PROBLEMS = 20
 _MOST_NOTICES = 20
@@ -25,43 +29,54 @@ _MOST_NOTICES = 20
 class FolderCheckpoint(Checkpoint):
     """Safetensors files of one folder, opened once and read by position.
 
-    ``source`` is a folder, an index in it, or one safetensors file; with ``adapter`` the folder of an adapter.
+    ``source`` is a folder, an index in it, or one safetensors file, as a path or as a place and the name of a file
+    in it; with ``adapter`` the folder of an adapter.
     Raises InputRejected when it is malformed or when it is not clear which files are meant, with everything
     that is wrong at once.
     """
 
     def __init__(
-        self, source: Path, label: str | None = None, revision: str | None = None, *, adapter: bool = False
+        self, source: Path | Target, label: str | None = None, revision: str | None = None, *, adapter: bool = False
     ) -> None:
         self.label = str(source) if label is None else label
         self.revision = revision
         self._files: dict[str, SafetensorsFile] = {}
-        home, names, weight_map = (source, [ADAPTER], None) if adapter else _locate(source)
+        place, file = _target(source)
         try:
-            self._open(home, names)
-            self.tensors: Mapping[str, TensorInfo] = _united(home, self._files, weight_map)
-            self.config: Mapping[str, Any] = _read_config(home)
+            names, weight_map = ([ADAPTER], None) if adapter else _locate(place, file)
+            self._open(place, names)
+            self.tensors: Mapping[str, TensorInfo] = _united(place, self._files, weight_map)
+            self.config: Mapping[str, Any] = place.json("config.json")
         except BaseException:
             self.close()
             raise
         # A file among many has no side files of its own, unless its folder is plainly a model's.
-        self.folder = home if source != home / names[0] or self.config else None
+        self._beside = place if file != names[0] or self.config else None
+        self.folder = None if self._beside is None else place.folder
         headers = [file.header for file in self._files.values()]
         self.metadata = {key: text for header in headers for key, text in header.metadata.items()}
         oddities = (notice for header in headers for notice in header.notices)
-        self.notices = [*_one_of_many(source), *islice(oddities, _MOST_NOTICES)]
+        self.notices = [*_one_of_many(file or ""), *islice(oddities, _MOST_NOTICES)]
 
-    def _open(self, home: Path, names: Iterable[str]) -> None:
+    @property
+    def side_files(self) -> Mapping[str, bytes]:
+        return SideFiles(self._beside)
+
+    def strip(self) -> None:
+        super().strip()
+        self._beside = None
+
+    def _open(self, place: Place, names: Iterable[str]) -> None:
         problems: list[str] = []
         count = 0
         for name in names:
             try:
-                self._files[name] = file = SafetensorsFile(present(home / name))
+                self._files[name] = file = SafetensorsFile(place.open(name))
                 count += len(file.header.tensors)
             except InputRejected as error:
                 problems += error.problems
             if count > MAX_TENSORS:
-                raise InputRejected(f"{storage.shown(home)} holds more than {MAX_TENSORS} tensors")
+                raise InputRejected(f"{place.shown()} holds more than {MAX_TENSORS} tensors")
         _gather(problems)
 
     def read(self, name: str, start: int, out: npt.NDArray[Any]) -> None:
@@ -84,37 +99,35 @@ class FolderCheckpoint(Checkpoint):
             file.close()
 
 
-def _locate(source: Path) -> tuple[Path, Sequence[str], WeightMap | None]:
-    """The folder, its weight files, and the index's map where there is one."""
-    if storage.is_folder(source):
-        return source, *choose(source)
-    home, name = source.parent, source.name
-    refuse_other_formats(present(source))
-    if name.endswith(".index.json"):
-        return home, *read_index(source)
-    return home, [name], None
+def _target(source: Path | Target) -> Target:
+    if not isinstance(source, Path):
+        return source
+    return (LocalPlace(source), None) if storage.is_folder(source) else (LocalPlace(source.parent), source.name)
 
 
-def _one_of_many(source: Path) -> list[str]:
-    number = NUMBERED.fullmatch(source.name)
+def _locate(place: Place, file: str | None) -> tuple[Sequence[str], WeightMap | None]:
+    """The weight files, and the index's map where there is one."""
+    if file is None:
+        return choose(place)
+    refuse_other_formats(place, file)
+    return read_index(place, file) if file.endswith(".index.json") else ([file], None)
+
+
+def _one_of_many(file: str) -> list[str]:
+    number = NUMBERED.fullmatch(file)
     if number is None or int(number[3]) < 2:
         return []
-    return [f"{show(source.name)} is one of {int(number[3])} shards: the tensors of the others are not read"]
+    return [f"{show(file)} is one of {int(number[3])} shards: the tensors of the others are not read"]
 
 
-def _read_config(folder: Path) -> Mapping[str, Any]:
-    path = present(folder / "config.json")
-    return read_json(path) if storage.exists(path) else {}
-
-
-def _united(home: Path, files: Mapping[str, SafetensorsFile], weight_map: WeightMap | None) -> dict[str, TensorInfo]:
+def _united(place: Place, files: Mapping[str, SafetensorsFile], weight_map: WeightMap | None) -> dict[str, TensorInfo]:
     """All tensors of all files by name, none twice, as the index lists them where there is one."""
     found: dict[str, TensorInfo] = {}
     twice = []
     for file in files.values():
         twice += [(found[name].file, info) for name, info in file.header.tensors.items() if name in found]
         found |= file.header.tensors
-    where = storage.shown(home)
+    where = place.shown()
     problems = [f"{where}: tensor {show(i.name)} is in {show(file)} and again in {show(i.file)}" for file, i in twice]
     if weight_map is not None:
         problems += _disagreements(where, found, weight_map, {info.name for _, info in twice})

@@ -9,15 +9,20 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from .. import storage
 from ..errors import InputRejected, OperationFailed, SmeltError, show
-from .selection import STEMS, is_weights, present, what_else
+from .place import present
+from .selection import STEMS, is_weights, what_else
+
+_T = TypeVar("_T")
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _REVISION = re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w./-]*", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40,64}")
 _FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".json", ".yaml", ".yml")
 _SIDE_FILES = (".json", ".txt", ".jinja", ".model", "README.md")
 
@@ -40,21 +45,48 @@ def fetch(repository: str, revision: str | None, *, weights: bool = True) -> tup
     not in the cache and the hub is out of reach, and when an interrupted download left it unfinished;
     OperationFailed when the download fails.
     """
-    where = show(repository if revision is None else f"{repository}@{revision}")
-    if revision is not None and _REVISION.fullmatch(revision) is None:
-        raise InputRejected(f"{where}: that is no name of a revision")
-    snapshot = Path(_asked(repository, revision, where, weights))
+    where = _named(repository, revision)
+    local = bool(switched_off())
+    snapshot = Path(
+        _asked(
+            where, lambda: _cached(repository, revision) if local else _downloaded(repository, revision, where, weights)
+        )
+    )
     for name in storage.listdir(snapshot):
         present(snapshot / name)
     return snapshot, snapshot.name
 
 
-def _asked(repository: str, revision: str | None, where: str, weights: bool) -> str:
-    """Where the hub library put the snapshot; its errors become ours."""
+def listed(repository: str, revision: str | None) -> tuple[str, list[str], str]:
+    """The commit of a repository, the names of its top folder's files, and the URL of that folder.
+
+    Raises InputRejected when repository or revision does not exist, OperationFailed when the hub fails.
+    """
+    from huggingface_hub import HfApi, constants, hf_hub_url
+
+    where = _named(repository, revision)
+    found = _asked(where, lambda: HfApi(endpoint=constants.ENDPOINT).model_info(repository, revision=revision))
+    names = sorted(file.rfilename for file in found.siblings or () if "/" not in file.rfilename)
+    if not found.sha or not _COMMIT.fullmatch(found.sha):
+        raise OperationFailed(f"{where}: the hub names no commit")
+    url = hf_hub_url(repository, "file", revision=found.sha, endpoint=constants.ENDPOINT)
+    return found.sha, names, url.removesuffix("/file")
+
+
+def _named(repository: str, revision: str | None) -> str:
+    """How messages name it. InputRejected for what cannot be a revision."""
+    where = show(repository if revision is None else f"{repository}@{revision}")
+    if revision is not None and _REVISION.fullmatch(revision) is None:
+        raise InputRejected(f"{where}: that is no name of a revision")
+    return where
+
+
+def _asked(where: str, question: Callable[[], _T]) -> _T:
+    """What the hub library answers; its errors become ours."""
     from huggingface_hub import errors
 
     try:
-        return _cached(repository, revision) if switched_off() else _downloaded(repository, revision, where, weights)
+        return question()
     except SmeltError:
         raise
     except errors.LocalEntryNotFoundError as error:

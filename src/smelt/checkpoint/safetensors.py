@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import struct
-import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
@@ -26,6 +25,7 @@ from ..errors import InputRejected, OperationFailed, show
 from ..kernels.dtypes import DTYPES
 from .base import TensorInfo
 from .documents import brief, parse_json
+from .stored import LocalFile, Stored
 
 MAX_HEADER = 100_000_000
 MAX_TENSORS = 1_000_000
@@ -57,14 +57,12 @@ class Header:
 class SafetensorsFile:
     """One open file, its header parsed. ``identity`` is what the file was at that moment."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._descriptor = storage.open_read(path)
-        self._closing = weakref.finalize(self, storage.close, self._descriptor)
+    def __init__(self, source: Path | Stored) -> None:
+        self._stored = LocalFile(source) if isinstance(source, Path) else source
+        self.identity = self._stored.identity
         try:
-            self.identity = storage.identity(path, self._descriptor)
-            raw = _read_header(self._descriptor, path, self.identity.size)
-            self.header = parse_header(raw, self.identity.size - 8 - len(raw), str(path))
+            raw = _read_header(self._stored)
+            self.header = parse_header(raw, self.identity.size - 8 - len(raw), self._stored.name)
         except BaseException:
             self.close()
             raise
@@ -75,7 +73,7 @@ class SafetensorsFile:
         if start < 0 or offset + out.nbytes > info.nbytes:
             raise ValueError(f"items {start} to {start + out.size} of {info} are outside of the tensor")
         try:
-            storage.pread_into(self._descriptor, out.data, info.offset + offset, self.path)
+            self._stored.read_into(out.data, info.offset + offset)
         except OperationFailed as error:
             raise OperationFailed(f"tensor {show(info.name)}: {error}") from error
 
@@ -86,43 +84,32 @@ class SafetensorsFile:
         if len(starts) and not 0 <= offsets.min() <= offsets.max() <= info.nbytes - length:
             raise ValueError(f"runs of {out.shape[1]} items outside of {info}")
         try:
-            storage.pread_runs(self._descriptor, out.data, (offsets + info.offset).tolist(), self.path)
+            self._stored.read_runs(out.data, (offsets + info.offset).tolist())
         except OperationFailed as error:
             raise OperationFailed(f"tensor {show(info.name)}: {error}") from error
 
     def check_unchanged(self) -> None:
-        """Raise OperationFailed when the path no longer leads to the file as it was opened."""
-        now = storage.identity(self.path)
-        if now != self.identity:
-            what = _difference(self.identity, now)
-            raise OperationFailed(f"{storage.shown(self.path)} changed while it was being read ({what}): run again")
+        """Raise OperationFailed when the name no longer leads to the file as it was opened."""
+        self._stored.check_unchanged()
 
     def close(self) -> None:
-        """Close the descriptor, once; further reads fail."""
-        self._closing()
-        self._descriptor = -1  # its number may soon be another file's
+        """Close the file, once; further reads fail."""
+        self._stored.close()
 
 
-def _difference(before: storage.FileIdentity, now: storage.FileIdentity) -> str:
-    if (before.device, before.inode) != (now.device, now.inode):
-        return "it was replaced"
-    if before.size != now.size:
-        return f"from {before.size} to {now.size} bytes"
-    return "it was written to"
-
-
-def _read_header(descriptor: int, path: Path, size: int) -> bytes:
+def _read_header(stored: Stored) -> bytes:
     """The header's bytes, without the eight of its length."""
+    size = stored.identity.size
     head = bytearray(min(size, 32))
-    storage.pread_into(descriptor, memoryview(head), 0, path)
+    stored.read_alone(memoryview(head), 0)
     length = struct.unpack("<Q", head[:8])[0] if size >= 8 else 0
     problem = _length_problem(length, size)
     if problem is None and head[8:9] != b"{":
         problem = f"has a header that begins with {bytes(head[8:9])!r}, expected '{{'"
     if problem is not None:
-        raise InputRejected(f"{storage.shown(path)} {_impostor(bytes(head)) or problem}")
+        raise InputRejected(f"{storage.shown(stored.name)} {_impostor(bytes(head)) or problem}")
     raw = bytearray(length)
-    storage.pread_into(descriptor, memoryview(raw), 8, path)
+    stored.read_alone(memoryview(raw), 8)
     return bytes(raw)
 
 

@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from .. import storage
 from ..errors import InputRejected, show
-from .documents import brief, read_json
+from .documents import brief
+from .place import Place
 
 #: What weight files are called, apart from their number; the first is transformers' name.
 STEMS = ("model", "diffusion_pytorch_model", "open_clip_model")
@@ -37,28 +37,26 @@ ADAPTER_ADVICE = "is an adapter, not a model: name the base that it belongs to a
 WeightMap = Mapping[str, str]
 
 
-def choose(folder: Path) -> tuple[list[str], WeightMap | None]:
+def choose(place: Place) -> tuple[list[str], WeightMap | None]:
     """The names of the weight files, and the index's map from tensor to file where there is one.
 
     Raises InputRejected when there are none, when it is not clear which are meant, or when some are missing.
     """
-    names = storage.listdir(folder)
+    names = place.names()
     weights = [name for name in names if is_weights(name)]
     indices = _indices(names)
     single = next((f"{stem}.safetensors" for stem in STEMS if f"{stem}.safetensors" in weights), None)
     if indices:
-        return _from_index(folder, indices, single)
+        return _from_index(place, indices, single)
     if not weights:
-        raise InputRejected(f"{storage.shown(folder)} {what_else(names)}")
+        raise InputRejected(f"{place.shown()} {what_else(names)}")
     numbered = [match for name in weights if (match := NUMBERED.fullmatch(name))]
     if single and not any(match[1] == Path(single).stem for match in numbered):
         return [single], None
     if len(weights) == len(numbered):
-        return _complete_set(folder, numbered), None
+        return _complete_set(place, numbered), None
     if len(weights) > 1:
-        raise InputRejected(
-            f"{storage.shown(folder)} holds {_several(weights)}: {_choice(folder, single or weights[0])}"
-        )
+        raise InputRejected(f"{place.shown()} holds {_several(weights)}: {_choice(place, single or weights[0])}")
     return weights, None
 
 
@@ -78,8 +76,8 @@ def _several(names: Sequence[str]) -> str:
     return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown
 
 
-def _choice(folder: Path, name: str) -> str:
-    return f"give the path of the one that is meant, such as {storage.shown(folder / name)}, or remove the others"
+def _choice(place: Place, name: str) -> str:
+    return f"give the path of the one that is meant, such as {place.shown(name)}, or remove the others"
 
 
 def what_else(names: Sequence[str]) -> str:
@@ -101,22 +99,22 @@ def what_else(names: Sequence[str]) -> str:
 # --- with an index --------------------------------------------------------------------------------------
 
 
-def _from_index(folder: Path, indices: Sequence[str], single: str | None) -> tuple[list[str], WeightMap]:
+def _from_index(place: Place, indices: Sequence[str], single: str | None) -> tuple[list[str], WeightMap]:
     if len(indices) > 1:
-        raise InputRejected(f"{storage.shown(folder)} holds {_several(indices)}: {_choice(folder, indices[0])}")
-    files, weight_map = read_index(folder / indices[0])
+        raise InputRejected(f"{place.shown()} holds {_several(indices)}: {_choice(place, indices[0])}")
+    files, weight_map = read_index(place, indices[0])
     if single is not None and files != [single]:
         raise InputRejected(
-            f"{storage.shown(folder)} holds {show(single)} and {show(indices[0])}, two models of which one is stale: "
-            + _choice(folder, indices[0])
+            f"{place.shown()} holds {show(single)} and {show(indices[0])}, two models of which one is stale: "
+            + _choice(place, indices[0])
         )
     return files, weight_map
 
 
-def read_index(path: Path) -> tuple[list[str], WeightMap]:
+def read_index(place: Place, name: str) -> tuple[list[str], WeightMap]:
     """The files that an index names, sorted, and its map from tensor to file. Raises InputRejected."""
-    where = storage.shown(path)
-    weight_map = read_json(present(path)).get("weight_map")
+    where = place.shown(name)
+    weight_map = place.json(name).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputRejected(f"{where}: weight_map is {brief(weight_map)}, expected an object of file names")
     problems = (
@@ -129,7 +127,7 @@ def read_index(path: Path) -> tuple[list[str], WeightMap]:
     files = sorted(set(weight_map.values()))
     if len(files) > MAX_SHARDS:
         raise InputRejected(f"{where} names {len(files)} files, at most {MAX_SHARDS} are accepted")
-    _refuse_missing(path.parent, files)
+    _refuse_missing(place, files)
     return files, weight_map
 
 
@@ -147,55 +145,39 @@ def _file_name_problem(file: object) -> str | None:
 # --- without one ----------------------------------------------------------------------------------------
 
 
-def _complete_set(folder: Path, numbered: Sequence[re.Match[str]]) -> list[str]:
+def _complete_set(place: Place, numbered: Sequence[re.Match[str]]) -> list[str]:
     """All files of one numbered set, none of which may be missing."""
     sets = sorted({(match[1], match[3]) for match in numbered})
     if len(sets) > 1:
         kinds = _several([f"{stem}-...-of-{total}.safetensors" for stem, total in sets])
         raise InputRejected(
-            f"{storage.shown(folder)} holds shards of several sets ({kinds}) and no index: remove the stale ones"
+            f"{place.shown()} holds shards of several sets ({kinds}) and no index: remove the stale ones"
         )
     (stem, total), width = sets[0], len(numbered[0][2])
     if not 0 < int(total) <= MAX_SHARDS:
-        raise InputRejected(f"{storage.shown(folder)}: {show(numbered[0][0])} counts shards beyond {MAX_SHARDS}")
+        raise InputRejected(f"{place.shown()}: {show(numbered[0][0])} counts shards beyond {MAX_SHARDS}")
     wanted = [f"{stem}-{number:0{width}d}-of-{total}.safetensors" for number in range(1, int(total) + 1)]
-    _refuse_missing(folder, wanted)
+    _refuse_missing(place, wanted)
     return wanted
 
 
-def _refuse_missing(folder: Path, files: Iterable[str]) -> None:
-    names = set(storage.listdir(folder))
+def _refuse_missing(place: Place, files: Iterable[str]) -> None:
+    names = set(place.names())
     missing = [file for file in files if file not in names]
     if missing:
-        unfinished = ", a download is unfinished" if _is_unfinished(folder, names) else ""
+        unfinished = ", a download is unfinished" if place.unfinished(names) else ""
         raise InputRejected(
-            f"{storage.shown(folder)}: {len(missing)} of its weight files are missing ({_several(missing)})"
+            f"{place.shown()}: {len(missing)} of its weight files are missing ({_several(missing)})"
             f"{unfinished}: download the model again"
         )
 
 
-def _is_unfinished(folder: Path, names: Iterable[str]) -> bool:
-    """Whether files wait under the names that huggingface_hub gives to parts, here or in its cache."""
-    blobs = folder.parent.parent / "blobs"
-    waiting = storage.listdir(blobs) if folder.parent.name == "snapshots" and storage.is_folder(blobs) else []
-    return any(name.endswith(".incomplete") for name in (*names, *waiting))
-
-
-def present(path: Path) -> Path:
-    """The same path. InputRejected when it is a link that leads nowhere, as an interrupted download leaves it."""
-    if storage.exists(path) and not storage.leads_somewhere(path):
-        raise InputRejected(
-            f"{storage.shown(path)} is a link to a file that is not there: the download was interrupted, repeat it"
-        )
-    return path
-
-
-def refuse_other_formats(path: Path) -> None:
+def refuse_other_formats(place: Place, name: str) -> None:
     """Say of a single file that it is an adapter, pickled or GGUF, where its name tells."""
-    where = storage.shown(path)
-    if path.name.startswith(_ADAPTER):
+    where = place.shown(name)
+    if name.startswith(_ADAPTER):
         raise InputRejected(f"{where} {ADAPTER_ADVICE}")
-    if path.suffix in _PICKLES:
+    if name.endswith(_PICKLES):
         raise InputRejected(f"{where} {PICKLE_ADVICE}")
-    if path.suffix == ".gguf":
+    if name.endswith(".gguf"):
         raise InputRejected(f"{where} is GGUF, which this version does not read")

@@ -1,11 +1,10 @@
-"""The files beside the weights of a folder: tokenizer, configs, templates."""
+"""The files beside the weights: tokenizer, configs, templates."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
-from .. import storage
+from .place import Place
 
 _LARGEST_FILE = 1 << 30  # bytes
 
@@ -13,14 +12,15 @@ _LARGEST_FILE = 1 << 30  # bytes
 class SideFiles(Mapping[str, bytes]):
     """Name -> bytes; listed once, each read when it is asked for."""
 
-    def __init__(self, folder: Path | None) -> None:
-        self._folder = folder or Path()
-        self._names = storage.listdir(folder) if folder is not None else []
+    def __init__(self, place: Place | None) -> None:
+        self._place = place
+        self._names = place.beside() if place is not None else []
 
     def __getitem__(self, name: str) -> bytes:
-        if name not in self._names:
+        found = self._place.small(name, _LARGEST_FILE) if self._place is not None and name in self._names else None
+        if found is None:
             raise KeyError(name)
-        return storage.read_small(self._folder / name, _LARGEST_FILE)
+        return found
 
     def __contains__(self, name: object) -> bool:
         return name in self._names  # the inherited test would read the file

@@ -13,17 +13,21 @@ from . import hub
 from .base import Checkpoint
 from .folder import FolderCheckpoint
 from .memory import MemoryCheckpoint, of_module
+from .place import LocalPlace
+from .remote import RemoteCheckpoint, is_url, located
+from .side import SideFiles
 
 
 def load(
     source: str | Path | Mapping[str, Any] | Any, *, revision: str | None = None, label: str | None = None
 ) -> Checkpoint:
-    """Open a checkpoint lazily: a folder, one .safetensors file, a hub id, a dict of arrays, or a module.
+    """Open a checkpoint lazily: a folder, one .safetensors file, a hub id, a URL, a dict of arrays, or a module.
 
     A ``torch.nn.Module`` stands for its ``state_dict()``, and for its ``config`` where it has one.
 
     An existing path is a path, whatever it looks like; the hub is asked only about other names.
-    ``owner/name@revision`` and ``revision=`` are the same. Raises InputRejected when it is not a checkpoint,
+    ``owner/name@revision`` and ``revision=`` are the same. A URL (hf://, https://, s3://) is read by ranges, nothing
+    is downloaded whole. Raises InputRejected when it is not a checkpoint,
     OperationFailed when reading or downloading it fails.
     """
     if isinstance(source, Checkpoint):
@@ -33,6 +37,8 @@ def load(
     if callable(getattr(source, "state_dict", None)):
         return of_module(source, label or type(source).__name__)
     text = str(source)
+    if is_url(text):
+        return RemoteCheckpoint(text, revision, label)
     path = _path(text)
     if storage.exists(path):
         return FolderCheckpoint(_without_revision(path, revision), label or text)
@@ -40,7 +46,7 @@ def load(
     if named and storage.exists(_path(name)):
         return FolderCheckpoint(_without_revision(_path(name), named), label or text)
     if isinstance(source, Path) or not hub.is_id(name):
-        raise InputRejected(f"{show(text, 1000)}: {_no_such(text)}{_near(path)}")
+        raise InputRejected(f"{show(text, 1000)}: no such file or folder{_near(path)}")
     return _from_hub(name, revision or named or None, label or text, path)
 
 
@@ -49,17 +55,19 @@ def load_adapter(folder: Path) -> Checkpoint:
     return FolderCheckpoint(folder, adapter=True)
 
 
-def side_folder(source: str, revision: str | None = None) -> tuple[Path, str | None]:
-    """Where the side files of a model lie (tokenizer, configs), which need not have weights, and a hub id's commit.
+def side_files(source: str, revision: str | None = None) -> tuple[Mapping[str, bytes], Path | None]:
+    """The side files of a model (tokenizer, configs), which need not have weights, and the local folder they lie in.
 
-    Of a hub id only these are downloaded. Raises as :func:`load`.
+    Of a hub id only these are downloaded; its folder, and that of a URL, is None. Raises as :func:`load`.
     """
+    if is_url(source):
+        return SideFiles(located(source, revision)[0][0]), None
     path = _path(source)
     if storage.is_folder(path):
-        return _without_revision(path, revision), None
+        return SideFiles(LocalPlace(_without_revision(path, revision))), path
     if storage.exists(path) or not hub.is_id(source):
         raise InputRejected(f"{show(source, 1000)}: no such folder{_near(path)}")
-    return hub.fetch(source, revision, weights=False)
+    return SideFiles(LocalPlace(hub.fetch(source, revision, weights=False)[0])), None
 
 
 def _path(text: str) -> Path:
@@ -83,12 +91,6 @@ def _from_hub(name: str, revision: str | None, label: str, path: Path) -> Checkp
     except InputRejected as error:
         raise InputRejected(f"{error}{_near(path)}") from error
     return FolderCheckpoint(folder, label, commit)
-
-
-def _no_such(text: str) -> str:
-    if "://" in text:
-        return "this version reads no URLs: download it and give the path"
-    return "no such file or folder"
 
 
 def _near(path: Path) -> str:

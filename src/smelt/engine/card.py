@@ -6,22 +6,28 @@ import re
 from collections.abc import Sequence
 from pathlib import PurePath
 
+from ..errors import without_secrets
 from ..methods import Method
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?")
 
 
 def public_name(text: str, is_local: bool) -> str:
-    """How an output may name a model: a hub id as it is, a local path by its last component."""
+    """How an output may name a model: a hub id or URL as it is, a local path by its last component."""
+    if "://" in text:
+        return without_secrets(text)
     return PurePath(text).name or "model" if is_local else text
 
 
 def without_paths(text: str, local_paths: Sequence[str]) -> str:
-    """A recipe or notice with local paths cut to their last component: no output tells where its author works."""
+    """A recipe or notice with local paths cut to their last component: no output tells where its author works.
+
+    Nor does it hold passwords or signatures of URLs.
+    """
     for path in sorted(local_paths, key=len, reverse=True):
         if "/" in path or "\\" in path:
             text = text.replace(path, public_name(path, True))
-    return text
+    return without_secrets(text)
 
 
 def card(
@@ -53,5 +59,7 @@ def card(
     return "\n".join(lines)
 
 
-def is_hub_id(text: str) -> bool:
-    return _HUB_ID.fullmatch(text) is not None
+def hub_id(text: str) -> str | None:
+    """The hub id that a model is named by, with or without hf://; None for other names."""
+    bare = text.removeprefix("hf://")
+    return bare if _HUB_ID.fullmatch(bare) is not None else None

@@ -10,10 +10,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from .. import storage
 from ..architecture import Structure
 from ..architecture.config import vocabulary_sizes
-from ..checkpoint import Checkpoint, SideFiles, load, side_folder
+from ..checkpoint import Checkpoint, load, side_files
 from ..errors import InputRejected, SmeltError, show
 from ..kernels.dtypes import DTYPES
 from ..recipe import InputModel, ModelReference, Recipe
@@ -113,10 +112,10 @@ class Inputs:
         """Of a model that lends its tokenizer alone, which needs no weights."""
         if reference.revision is None and reference.path in self._places:
             return _load(reference, reference.text, self._places).side_files
-        folder, commit = side_folder(reference.path, reference.revision)
-        if commit is None:
+        files, folder = side_files(reference.path, reference.revision)
+        if folder is not None:
             self._tokenizers[reference.text] = folder
-        return SideFiles(folder)
+        return files
 
     def statistics(self, entry: InputModel | None) -> Statistics | None:
         """What is given beside a model."""
@@ -125,6 +124,11 @@ class Inputs:
     def _all(self) -> Iterator[Input]:
         yield from self
         yield from self.beside.values()
+
+    @property
+    def scratch(self) -> int:
+        """Memory that reading takes beside what it fills."""
+        return max((item.checkpoint.scratch for item in self._all()), default=0)
 
     def folders(self) -> list[Path]:
         found = [item.checkpoint.folder for item in self._all() if item.checkpoint.folder is not None]
@@ -163,7 +167,7 @@ def _opened(
         try:
             checkpoint = _load(reference, what + reference.text, places)
             if raw:
-                checkpoint.folder, checkpoint.config = None, {}
+                checkpoint.strip()
             found[reference.text] = Input(reference, checkpoint, raw)
         except InputRejected as error:
             problems += error.problems
@@ -193,11 +197,10 @@ def quantised(item: Input) -> Iterator[str]:
 
 def read_config(checkpoint: Checkpoint) -> bytes | None:
     """config.json byte for byte, or None."""
-    if checkpoint.folder is None and checkpoint.config:
+    stored = checkpoint.side_files.get("config.json")
+    if stored is None and checkpoint.config:
         return (json.dumps(dict(checkpoint.config), indent=2) + "\n").encode()
-    if checkpoint.folder is None or "config.json" not in storage.listdir(checkpoint.folder):
-        return None
-    return storage.read_small(checkpoint.folder / "config.json", 1 << 26)
+    return stored
 
 
 def licence_of(inputs: Inputs) -> str | None:
@@ -207,10 +210,8 @@ def licence_of(inputs: Inputs) -> str | None:
 
 
 def _licence(checkpoint: Checkpoint) -> str | None:
-    if checkpoint.folder is None or "README.md" not in storage.listdir(checkpoint.folder):
-        return None
     try:
-        head = storage.read_small(checkpoint.folder / "README.md", 1 << 24)[:4096].decode("utf-8", "replace")
+        head = checkpoint.side_files.get("README.md", b"")[:4096].decode("utf-8", "replace")
     except SmeltError:
         return None
     lines = [line for line in head.split("---")[1].splitlines() if line.startswith("license:")] if "---" in head else []

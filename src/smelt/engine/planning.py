@@ -91,7 +91,7 @@ class Plan:
         """Expected resident memory in bytes: the process itself, vocabularies, and the tiles in flight."""
         most = max((self._tile_bytes(output) for output in self.outputs), default=0)
         vocabulary = 0 if self.tokens is None else self.tokens.memory
-        return BASELINE + vocabulary + self.options.threads * most
+        return BASELINE + vocabulary + self.inputs.scratch + self.options.threads * most
 
     def _tile_bytes(self, output: Output) -> int:
         """Memory that one thread needs for one tile: the operands, the result, and as much again in counters."""

@@ -15,7 +15,7 @@ from ..kernels.program import Copy
 from ..methods import Model
 from ..recipe import Stage
 from .backbone import compare_backbones
-from .card import card, is_hub_id, public_name, without_paths
+from .card import card, hub_id, public_name, without_paths
 from .config import patched_config
 from .device import mapper_for
 from .execute import Executor, Job, Steps
@@ -265,7 +265,7 @@ def _card(plan: Plan, title: str, notices: Sequence[str]) -> str:
         method=plan.method,
         base=None if base is None else public_name(base.text, plan.inputs[base].is_local),
         models=[public_name(item.label, item.is_local) for item in items],
-        hub_ids=[item.label for item in plan.inputs.merged if not item.is_local and is_hub_id(item.label)],
+        hub_ids=[name for item in plan.inputs.merged if not item.is_local and (name := hub_id(item.label))],
         license_name=licence_of(plan.inputs),
         recipe=_public(plan, plan.recipe.text),
         notices=notices,

@@ -135,5 +135,5 @@ def home_of(stage: Stage, plan: Plan, work: Path) -> Path:
 
 def _identity(item: Input) -> list[Any]:
     """What tells one state of an input from another; arrays in memory are never the same twice."""
-    files = [[str(f.path.resolve()), f.device, f.inode, f.size, f.mtime_ns] for f in item.checkpoint.files()]
+    files = [[str(f.path.resolve()), f.device, f.inode, f.size, f.mtime_ns, f.version] for f in item.checkpoint.files()]
     return [item.label, dict(item.checkpoint.config), files or secrets.token_hex(16)]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
-import os
 import tempfile
 import threading
 from functools import cache
@@ -185,13 +184,5 @@ def _environment() -> str:
 
 @cache
 def _cache_folder() -> Path:
-    """$SMELT_CACHE, else the user's cache folder; a private temporary one when that cannot be written."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    folder = Path(os.environ.get("SMELT_CACHE") or os.path.join(home, "smelt")) / "kernels"
-    try:
-        storage.make_folders(folder)
-        if os.access(folder, os.W_OK) and folder.stat().st_uid == os.getuid():
-            return folder
-    except OperationFailed:
-        pass
-    return Path(tempfile.mkdtemp(prefix="smelt-kernels-"))
+    """Where compiled kernels are kept; a private temporary folder when the cache cannot be written."""
+    return storage.cache_folder("kernels") or Path(tempfile.mkdtemp(prefix="smelt-kernels-"))

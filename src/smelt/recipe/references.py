@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
-from ..errors import show
+from ..errors import show, without_secrets
 from .language import ModelReference
 from .nodes import Fields, Leaf, Node, Position, Report
 from .sections import Section
@@ -41,6 +42,8 @@ def parse_reference(text: str, position: Position) -> ModelReference:
 
 
 def _part(text: str) -> Part:
+    if "://" in text:  # its @ is its own
+        return text, None
     path, *revisions = text.split("@")
     if len(revisions) > 1:
         raise ValueError(f"more than one @ in {show(text)}; for a path with @ write model: {{model: {{path: ...}}}}")
@@ -86,16 +89,30 @@ def _reference(model: Part, lora: Part | None, architecture: str | None, positio
 
 def _text(model: Part, lora: Part | None, architecture: str | None) -> str:
     """The string form where it says the same, else the mapping as JSON: never one text for two models."""
-    parts = [part for part in (model, lora) if part]
+    parts = [(_told(path), revision) for path, revision in filter(None, (model, lora))]
     spelt = "+".join("@".join(filter(None, part)) for part in parts)
-    if architecture is None and not any(sign in (text or "") for part in parts for text in part for sign in "+@"):
+    if architecture is None and not any(map(_is_odd, parts)):
         return spelt
-    form: dict[str, Any] = {"model": _mapping(model)}
+    form: dict[str, Any] = {"model": _mapping(parts[0])}
     if lora:
-        form["lora"] = _mapping(lora)
+        form["lora"] = _mapping(parts[1])
     if architecture:
         form["override_architecture"] = architecture
     return json.dumps(form)
+
+
+def _is_odd(part: Part) -> bool:
+    """Whether the string form would be read as something else."""
+    path, revision = part
+    signs = "+" if "://" in path else "+@"
+    return any(sign in path for sign in signs) or any(sign in (revision or "") for sign in "+@")
+
+
+def _told(path: str) -> str:
+    """A URL without what may be secret in it; its query, which may tell files apart, by a digest."""
+    query = path.partition("?")[2] if "://" in path else ""
+    told = without_secrets(path)
+    return f"{told}#{hashlib.sha256(query.encode()).hexdigest()[:8]}" if query else told
 
 
 def _mapping(part: Part) -> dict[str, str | None]:

@@ -1,0 +1,90 @@
+"""Models at the other end of a URL: hf://owner/name[@revision][/file], https://, s3:// and what else fsspec reaches.
+
+Headers are read first, by one small request for each file; then tensors by ranges, into the stream. Nothing is
+downloaded whole, and no name from outside becomes a path here.
+"""
+
+from __future__ import annotations
+
+import re
+
+from ...errors import InputRejected, UsageError, show, without_secrets
+from .. import hub
+from ..documents import MAX_BYTES
+from ..folder import FolderCheckpoint, Target
+from .blocks import SCRATCH
+from .client import client_for
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)")
+_HUB = re.compile(r"([^/@]+/[^/@]+)(?:@([^/]+))?(?:/([^/]+))?/?")
+
+#: What is a file of a model, or of something else that must be refused by name.
+_FILES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
+
+
+def is_url(text: str) -> bool:
+    return _SCHEME.fullmatch(text) is not None
+
+
+class RemoteCheckpoint(FolderCheckpoint):
+    """Safetensors files behind a URL. Its label is the URL without secrets."""
+
+    scratch = SCRATCH
+
+    def __init__(self, url: str, revision: str | None, label: str | None) -> None:
+        target, commit = located(url, revision)
+        super().__init__(target, label or without_secrets(url), commit)
+
+
+def located(url: str, revision: str | None = None) -> tuple[Target, str | None]:
+    """The place that a URL names, the one file in it that is meant if so, and the commit where there are commits."""
+    if any(sign.isspace() or sign in "'\"<>\\#" or not sign.isprintable() for sign in url):
+        raise UsageError(f"{show(url, 1000)}: a URL with spaces, quotes or # must have them escaped, as %20")
+    if switch := hub.switched_off():
+        raise InputRejected(f"{show(url, 1000)}: {switch} is set, which forbids the network")
+    scheme, rest = url.split("://", 1)
+    if scheme == "hf":
+        return _in_repository(url, rest, revision)
+    if revision is not None:
+        raise UsageError(f"{show(url, 1000)} has no revision {show(revision)}: leave it out")
+    place, file = _on_server(url) if scheme in ("http", "https") else _in_bucket(url)
+    if file is not None and file.endswith(".index.json") and place.small(file, MAX_BYTES) is None:
+        raise InputRejected(f"{show(url, 1000)}: no such file, or none that you may read")
+    return (place, file), None
+
+
+def _in_repository(url: str, rest: str, revision: str | None) -> tuple[Target, str]:
+    from .hugging import HubPlace
+
+    match = _HUB.fullmatch(rest)
+    if match is None:
+        raise UsageError(f"{show(url, 1000)}: expected hf://owner/name, hf://owner/name@revision or one with /file")
+    place = HubPlace(match[1], match[2] or revision)
+    if match[3] and match[3] not in place.names():
+        raise InputRejected(f"{show(url, 1000)}: the repository has no such file")
+    return (place, match[3]), place.commit
+
+
+def _on_server(url: str) -> Target:
+    from .http import HttpPlace
+
+    client, bare = client_for(url)
+    folder, query = bare.partition("?")[::2]
+    home, file = _split(folder)
+    return HttpPlace(client, f"{home}?{query}" if query else home), file
+
+
+def _in_bucket(url: str) -> Target:
+    from .buckets import BucketPlace, system_for
+
+    system, path = system_for(url)
+    if not path.strip("/"):
+        raise UsageError(f"{show(url, 1000)} names no file or folder")
+    home, file = _split(path)
+    return BucketPlace(system, home, url.rstrip("/").rpartition("/")[0] if file else url), file
+
+
+def _split(path: str) -> tuple[str, str | None]:
+    """A folder, and the name of a file where the path ends in one."""
+    home, _, last = path.rstrip("/").rpartition("/")
+    return (home, last) if last.endswith(_FILES) else (path.rstrip("/"), None)
