@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -134,9 +135,13 @@ class Bucket(Handler):
 
 
 @contextmanager
-def serving(root: Path, handler: type[Handler] | None = None) -> Iterator[FileServer]:
+def serving(
+    root: Path, handler: type[Handler] | None = None, tls: ssl.SSLContext | None = None
+) -> Iterator[FileServer]:
     """A server of the files below ``root``, until the end of the block."""
     server = FileServer(root, handler)
+    if tls is not None:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=lambda: server.serve_forever(0.01), daemon=True)
     thread.start()
     try:

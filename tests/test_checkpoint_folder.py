@@ -237,7 +237,6 @@ def test_local_paths_in_every_form(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("modle.safetensors", "no such file or folder"),
         ("back\\slash", "no such file or folder"),
         ("new\nline", r"'new\\nline': no such file or folder"),
-        ("hf://owner/name", "reads no URLs"),
         ("", "an empty name is no model"),
     ],
 )

@@ -62,7 +62,9 @@ class SafetensorsFile:
         self.identity = self._stored.identity
         try:
             raw = _read_header(self._stored)
-            self.header = parse_header(raw, self.identity.size - 8 - len(raw), self._stored.name)
+            self.header = parse_header(
+                raw, self.identity.size - 8 - len(raw), self._stored.name, self.identity.path.name
+            )
         except BaseException:
             self.close()
             raise
@@ -132,18 +134,18 @@ def _impostor(head: bytes) -> str | None:
     return next((sentence for prefix, sentence in _IMPOSTORS if begin.startswith(prefix)), None)
 
 
-def parse_header(raw: bytes, data_size: int, file: str) -> Header:
+def parse_header(raw: bytes, data_size: int, file: str, home: str | None = None) -> Header:
     """Check the JSON of a header against the ``data_size`` bytes that follow it.
 
-    ``file`` names the file in messages; its last part goes into each :class:`TensorInfo`, whose ``offset``
-    counts from the beginning of the file. Raises InputRejected at the first thing that is wrong.
+    ``file`` names the file in messages; ``home``, or its last part, goes into each :class:`TensorInfo`, whose
+    ``offset`` counts from the beginning of the file. Raises InputRejected at the first thing that is wrong.
     """
     where = storage.shown(file)
     content = _load(raw, where)
     metadata = _metadata(content.pop("__metadata__", {}), where)
     if len(content) > MAX_TENSORS:
         raise _too_many(where)
-    home, begin = PurePath(file).name, 8 + len(raw)
+    home, begin = home or PurePath(file).name, 8 + len(raw)
     tensors = {}
     notices: list[str] = []
     for name, entry in content.items():

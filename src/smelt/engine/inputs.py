@@ -229,7 +229,10 @@ def identity(item: Input, ledger: Ledger) -> dict[str, Any]:
     return {
         "model": public_name(item.label, item.is_local),
         "revision": item.checkpoint.revision,
-        "files": [{"name": file.path.name, "size": file.size} for file in item.checkpoint.files()],
+        "files": [
+            {"name": file.path.name, "size": file.size} | ({"version": file.version} if file.version else {})
+            for file in item.checkpoint.files()
+        ],
         "tensors_read": len(digests),
         "digest": xxhash.xxh3_128_hexdigest(lines.encode()),
     }

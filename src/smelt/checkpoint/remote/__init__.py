@@ -7,6 +7,7 @@ downloaded whole, and no name from outside becomes a path here.
 from __future__ import annotations
 
 import re
+from urllib.parse import unquote
 
 from ...errors import InputRejected, UsageError, show, without_secrets
 from .. import hub
@@ -34,6 +35,9 @@ class RemoteCheckpoint(FolderCheckpoint):
     def __init__(self, url: str, revision: str | None, label: str | None) -> None:
         target, commit = located(url, revision)
         super().__init__(target, label or without_secrets(url), commit)
+        blind = [show(file.path.name) for file in self.files() if file.version.endswith(" ")]
+        told = "the server does not tell one version from another: a change would go unseen, and nothing is kept"
+        self.notices = [*self.notices, *(f"{name}: {told}" for name in blind[:3])]
 
 
 def located(url: str, revision: str | None = None) -> tuple[Target, str | None]:
@@ -70,7 +74,10 @@ def _on_server(url: str) -> Target:
 
     client, bare = client_for(url)
     folder, query = bare.partition("?")[::2]
-    home, file = _split(folder)
+    home, last = _split(folder)
+    file = None if last is None else unquote(last)
+    if file is not None and "/" in file:
+        raise UsageError(f"{show(url, 1000)} ends in {show(file)}, which is no plain name of a file")
     return HttpPlace(client, f"{home}?{query}" if query else home), file
 
 

@@ -55,7 +55,7 @@ class HttpFile(Transport):
 
     def fill(self, out: memoryview, offset: int) -> int:
         with self._client.get(self._place, _range(offset, len(out))) as answer:
-            self._refresh(answer)
+            self._check_expiry(answer)
             end, size = self._served(answer, offset, len(out))
             if self._known is not None and (size, self._version(answer)) != self._known[1:]:
                 raise changed(self.name, f"it has {size} bytes now" if size != self._known.size else "it was replaced")
@@ -65,9 +65,9 @@ class HttpFile(Transport):
     def _version(self, answer: Answer) -> str:
         return self._pinned or answer.headers.get("etag") or answer.headers.get("last-modified", "")
 
-    def _refresh(self, answer: Answer) -> None:
+    def _check_expiry(self, answer: Answer) -> None:
         """Where redirects led may have expired: then ask at the front door again."""
-        if answer.status in _ABSENT and self._place != self._url:
+        if answer.status in _ABSENT and answer.url != self._url:
             self._place = self._url
             raise Interrupted(f"the server answered {answer.status}")
 
@@ -126,7 +126,7 @@ class HttpPlace(Place):
         return show(self._folder if name is None else f"{self._folder}/{name}", 1000)
 
     def url(self, name: str) -> str:
-        return f"{self._folder}/{quote(name, safe='%')}{self._query}"
+        return f"{self._folder}/{quote(name, safe='')}{self._query}"
 
     def transport(self, name: str) -> HttpFile:
         return HttpFile(self._client, self.url(name))
