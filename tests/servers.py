@@ -22,6 +22,7 @@ class FileServer(ThreadingHTTPServer):
     """Serves ``root``. ``requests`` are (path, first byte, bytes sent) as they were answered."""
 
     daemon_threads = True
+    request_queue_size = 64
 
     def __init__(self, root: Path, handler: type[Handler] | None = None) -> None:
         super().__init__(("127.0.0.1", 0), handler or Handler)
