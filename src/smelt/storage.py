@@ -123,7 +123,7 @@ def close(descriptor: int) -> None:
 
 def pread_into(descriptor: int, out: memoryview, offset: int, path: object = "file") -> None:
     """Fill ``out`` from ``offset`` on, whatever the size of single reads. OperationFailed at an early end."""
-    view, done = _bytes(out), 0
+    view, done = flat(out), 0
     while done < len(view):
         with _told(f"read at offset {offset + done} of", path):
             got = os.preadv(descriptor, [view[done : done + _MOST]], offset + done)
@@ -166,7 +166,7 @@ class _Stretch(io.RawIOBase):
 
 def pread_runs(descriptor: int, out: memoryview, offsets: Sequence[int], path: object = "file") -> None:
     """Fill ``out`` with equally long runs of bytes, one from each offset: one call of the system for each."""
-    view = _bytes(out)
+    view = flat(out)
     length = len(view) // max(1, len(offsets))
     with _told("read", path):
         for place, offset in enumerate(offsets):
@@ -177,13 +177,14 @@ def pread_runs(descriptor: int, out: memoryview, offsets: Sequence[int], path: o
 
 def pwrite_all(descriptor: int, data: memoryview, offset: int, path: object = "file") -> None:
     """Write all of ``data`` at ``offset``."""
-    view, done = _bytes(data), 0
+    view, done = flat(data), 0
     with _told("write", path):
         while done < len(view):
             done += os.pwrite(descriptor, view[done : done + _MOST], offset + done)
 
 
-def _bytes(view: memoryview) -> memoryview:
+def flat(view: memoryview) -> memoryview:
+    """The bytes of a view of any shape and type."""
     # A view with a zero in its shape cannot be cast.
     return view.cast("B") if view.nbytes else memoryview(b"")
 

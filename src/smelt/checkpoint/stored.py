@@ -30,10 +30,11 @@ class Stored(ABC):
         self.read_into(out, offset)
 
     def read_runs(self, out: memoryview, offsets: Sequence[int]) -> None:
-        """Fill ``out`` (bytes) with equally long runs, one from each offset."""
-        length = len(out) // max(1, len(offsets))
+        """Fill ``out`` with equally long runs of bytes, one from each offset."""
+        view = storage.flat(out)
+        length = len(view) // max(1, len(offsets))
         for place, offset in enumerate(offsets):
-            self.read_into(out[place * length : (place + 1) * length], offset)
+            self.read_into(view[place * length : (place + 1) * length], offset)
 
     @abstractmethod
     def check_unchanged(self) -> None:

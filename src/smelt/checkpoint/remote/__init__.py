@@ -13,6 +13,7 @@ from ...errors import InputRejected, UsageError, show, without_secrets
 from .. import hub
 from ..documents import MAX_BYTES
 from ..folder import FolderCheckpoint, Target
+from ..place import LocalPlace
 from .blocks import SCRATCH
 from .client import client_for
 
@@ -42,13 +43,12 @@ class RemoteCheckpoint(FolderCheckpoint):
 
 def located(url: str, revision: str | None = None) -> tuple[Target, str | None]:
     """The place that a URL names, the one file in it that is meant if so, and the commit where there are commits."""
-    if any(sign.isspace() or sign in "'\"<>\\#" or not sign.isprintable() for sign in url):
-        raise UsageError(f"{show(url, 1000)}: a URL with spaces, quotes or # must have them escaped, as %20")
-    if switch := hub.switched_off():
-        raise InputRejected(f"{show(url, 1000)}: {switch} is set, which forbids the network")
+    _check_signs(url)
     scheme, rest = url.split("://", 1)
     if scheme == "hf":
         return _in_repository(url, rest, revision)
+    if switch := hub.switched_off():
+        raise InputRejected(f"{show(url, 1000)}: {switch} is set, which forbids the network")
     if revision is not None:
         raise UsageError(f"{show(url, 1000)} has no revision {show(revision)}: leave it out")
     place, file = _on_server(url) if scheme in ("http", "https") else _in_bucket(url)
@@ -57,12 +57,25 @@ def located(url: str, revision: str | None = None) -> tuple[Target, str | None]:
     return (place, file), None
 
 
+def _check_signs(url: str) -> None:
+    """A URL must end where it seems to end, wherever it is shown."""
+    web = url.startswith("http")
+    odd = any(sign in "'\"<>\\#" or (web and (sign == " " or not sign.isascii())) for sign in url)
+    if odd or not url.isprintable():
+        raise UsageError(f"{show(url, 1000)}: what is no plain letter, digit or sign must be escaped, as %20")
+
+
 def _in_repository(url: str, rest: str, revision: str | None) -> tuple[Target, str]:
     from .hugging import HubPlace
 
     match = _HUB.fullmatch(rest)
     if match is None:
         raise UsageError(f"{show(url, 1000)}: expected hf://owner/name, hf://owner/name@revision or one with /file")
+    if match[2] and revision:
+        raise UsageError(f"{show(url, 1000)} names a revision, and {show(revision)} is another: leave one out")
+    if hub.switched_off():
+        folder, commit = hub.fetch(match[1], match[2] or revision)
+        return (LocalPlace(folder), match[3]), commit
     place = HubPlace(match[1], match[2] or revision)
     if match[3] and match[3] not in place.names():
         raise InputRejected(f"{show(url, 1000)}: the repository has no such file")

@@ -63,8 +63,8 @@ class RemoteFile(Stored):
             self._fill(out, offset)
 
     def read_into(self, out: memoryview, offset: int) -> None:
-        out = out.cast("B") if out.nbytes else out
-        if offset + out.nbytes > self.identity.size:
+        out = storage.flat(out)
+        if offset + len(out) > self.identity.size:
             raise OperationFailed(f"{storage.shown(self.name)} ends early: {self.identity.size} bytes are there")
         for index, begin, part in _parts(out, offset):
             self._read(index, begin, part)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 from ...errors import InputRejected, MissingExtra, SmeltError, UsageError, show, without_secrets
-from ..place import Place
 from ..stored import Stored
 from .blocks import RemoteFile
+from .places import RemotePlace
 from .transport import Beginning, Interrupted, NotThere, Transport, failure, patiently
 
 #: Ways of fsspec to name files of this machine, or files inside of other files.
@@ -56,13 +56,13 @@ class BucketFile(Transport):
         return len(data)
 
 
-class BucketPlace(Place):
+class BucketPlace(RemotePlace):
     """A folder, or the keys that begin alike."""
 
     def __init__(self, system: Any, path: str, url: str) -> None:
+        super().__init__()
         self._system, self._path, self._url = system, path.rstrip("/"), without_secrets(url).rstrip("/")
         self._names: list[str] | None = None
-        self._small: dict[str, bytes | None] = {}
 
     def shown(self, name: str | None = None) -> str:
         return show(self._url if name is None else f"{self._url}/{name}", 1000)
@@ -87,16 +87,7 @@ class BucketPlace(Place):
             _translate(self._url, error)
         return found
 
-    def small(self, name: str, limit: int) -> bytes | None:
-        """Fetched once."""
-        if name not in self._small:
-            try:
-                self._small[name] = patiently(lambda: self._whole(name, limit), self.shown(name))
-            except NotThere:
-                self._small[name] = None
-        return self._small[name]
-
-    def _whole(self, name: str, limit: int) -> bytes:
+    def whole(self, name: str, limit: int) -> bytes:
         path = f"{self._path}/{name}"
         try:
             size = int(self._system.info(path).get("size") or 0)

@@ -89,6 +89,8 @@ class Client:
                 raise InputRejected(
                     f"{show(url, 1000)}: its certificate is not valid: {error.verify_message}"
                 ) from error
+            except (UnicodeError, http.client.InvalidURL) as error:
+                raise InputRejected(f"{show(url, 1000)} holds signs that must be escaped, as %20") from error
             except (OSError, http.client.HTTPException) as error:
                 raise Interrupted("the connection had ended" if reused else _words(error)) from error
             yield Answer(url, response.status, {k.lower(): v for k, v in response.getheaders()}, response)

@@ -8,11 +8,11 @@ from urllib.parse import quote, urlsplit
 
 from ...errors import InputRejected, OperationFailed, show, without_secrets
 from ..documents import MAX_BYTES
-from ..place import Place
 from ..selection import STEMS
 from ..stored import Stored, changed
 from .blocks import RemoteFile, pool
 from .client import Answer, Client
+from .places import RemotePlace
 from .transport import Beginning, Interrupted, NotThere, Transport, patiently
 
 _RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
@@ -111,15 +111,15 @@ def _refuse(answer: Answer, name: str) -> NoReturn:
     raise OperationFailed(f"{where}: the server answered {status}")
 
 
-class HttpPlace(Place):
+class HttpPlace(RemotePlace):
     """A folder of a web server. ``url`` may have a query, which goes along with every file."""
 
     def __init__(self, client: Client, url: str) -> None:
+        super().__init__()
         parts = urlsplit(url)
         self._client = client
         self._folder = parts._replace(query="", fragment="").geturl().rstrip("/")
         self._query = f"?{parts.query}" if parts.query else ""
-        self._small: dict[str, bytes | None] = {}
         self._weights: list[str] | None = None
 
     def shown(self, name: str | None = None) -> str:
@@ -166,15 +166,8 @@ class HttpPlace(Place):
         found = pool().map(lambda name: self.small(name, MAX_BYTES), BESIDE)
         return [name for name, data in zip(BESIDE, found, strict=True) if data is not None]
 
-    def small(self, name: str, limit: int) -> bytes | None:
-        """Fetched once."""
-        if name not in self._small:
-            where = self.shown(name)
-            try:
-                self._small[name] = patiently(lambda: _whole(self._client, self.url(name), where, limit), where)
-            except NotThere:
-                self._small[name] = None
-        return self._small[name]
+    def whole(self, name: str, limit: int) -> bytes:
+        return _whole(self._client, self.url(name), self.shown(name), limit)
 
 
 def _whole(client: Client, url: str, where: str, limit: int) -> bytes:
