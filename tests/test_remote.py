@@ -135,6 +135,34 @@ def test_threads_share_one_fetch_of_a_block(server: FileServer, family: Family) 
     assert server.sent() <= (family.folder / "expert0/model.safetensors").stat().st_size * 1.05
 
 
+def test_an_address_that_does_not_end_like_a_file(server: FileServer, family: Family) -> None:
+    """It is tried as a folder first."""
+
+    def rename(handler: Handler, first: int, last: int) -> bool:
+        if handler.path != "/download/4711?type=model":
+            return False
+        data = Path(family.base, "model.safetensors").read_bytes()
+        handler.serve(data, *handler.range(len(data)))
+        return True
+
+    server.rules.append(rename)
+    found = read_all(f"{server.url}/download/4711?type=model")
+    assert all((found[name] == family.base_arrays[name]).all() for name in family.base_arrays)
+    with pytest.raises(InputRejected, match=r"/nothing' holds no weights: expected model.safetensors"):
+        smelt.load(f"{server.url}/nothing")
+
+
+def test_versions_that_cannot_be_told_apart(server: FileServer, family: Family, monkeypatch: Any) -> None:
+    """It is told, and blocks serve that run alone."""
+    monkeypatch.setattr(Handler, "facts", lambda self, data: {})
+    for _ in range(2):
+        server.requests.clear()
+        with smelt.load(names(server, family)[0]) as checkpoint:
+            assert any("a change would go unseen" in notice for notice in checkpoint.notices)
+            _ = dict(checkpoint)
+        assert server.sent() > 170_000
+
+
 def test_runs_of_elements(server: FileServer, family: Family) -> None:
     name, starts = "model.embed_tokens.weight", np.array([0, 70, 5000])
     with smelt.load(names(server, family)[0]) as there, smelt.load(family.models[0]) as here:
@@ -218,12 +246,18 @@ def late(handler: Handler, first: int, last: int) -> bool:
     return hang_up(handler, first, last)
 
 
-@pytest.mark.parametrize("rule", [busy, hang_up, half, late])
+def unreliable(handler: Handler, first: int, last: int) -> bool:
+    """The answer is right, but the connection ends although nothing says so."""
+    handler.close_connection = True
+    return False
+
+
+@pytest.mark.parametrize("rule", [busy, hang_up, half, late, unreliable])
 def test_what_fails_for_a_while_is_tried_again(
     server: FileServer, family: Family, monkeypatch: pytest.MonkeyPatch, rule: Any
 ) -> None:
     monkeypatch.setattr(client, "TIMEOUT", 0.2)
-    server.rules.append(times(4, rule))
+    server.rules.append(times(100 if rule is unreliable else 4, rule))
     found = read_all(names(server, family)[0])
     assert all((found[name] == family.model_arrays[0][name]).all() for name in found)
 

@@ -6,6 +6,7 @@ downloaded whole, and no name from outside becomes a path here.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from urllib.parse import unquote
 
@@ -83,15 +84,28 @@ def _in_repository(url: str, rest: str, revision: str | None) -> tuple[Target, s
 
 
 def _on_server(url: str) -> Target:
+    """A URL that does not end like a file is a folder if weights are in it, and else the address of a file."""
     from .http import HttpPlace
 
     client, bare = client_for(url)
-    folder, query = bare.partition("?")[::2]
-    home, last = _split(folder)
-    file = None if last is None else unquote(last)
-    if file is not None and "/" in file:
-        raise UsageError(f"{show(url, 1000)} ends in {show(file)}, which is no plain name of a file")
-    return HttpPlace(client, f"{home}?{query}" if query else home), file
+    path, mark, query = bare.partition("?")
+    home, file = _split(path)
+    place = HttpPlace(client, home + mark + query)
+    if file is not None:
+        return place, _plain(file, url)
+    parent, _, last = home.rpartition("/")
+    above = HttpPlace(client, parent + mark + query)
+    with contextlib.suppress(InputRejected):  # a page that lists the folder, as a rule
+        if not place.names() and above.answers(_plain(last, url)):
+            return above, _plain(last, url)
+    return place, None
+
+
+def _plain(file: str, url: str) -> str:
+    name = unquote(file)
+    if "/" in name:
+        raise UsageError(f"{show(url, 1000)} ends in {show(name)}, which is no plain name of a file")
+    return name
 
 
 def _in_bucket(url: str) -> Target:

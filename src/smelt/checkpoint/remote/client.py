@@ -92,7 +92,9 @@ class Client:
             except (UnicodeError, http.client.InvalidURL) as error:
                 raise InputRejected(f"{show(url, 1000)} holds signs that must be escaped, as %20") from error
             except (OSError, http.client.HTTPException) as error:
-                raise Interrupted("the connection had ended" if reused else _words(error)) from error
+                if reused:  # it had been closed meanwhile, and so may be the others
+                    self._forget(origin)
+                raise Interrupted(_words(error)) from error
             yield Answer(url, response.status, {k.lower(): v for k, v in response.getheaders()}, response)
             reusable = response.isclosed() and not response.length and not response.will_close
         except BaseException:
@@ -105,6 +107,11 @@ class Client:
             if self._idle[origin]:
                 return self._idle[origin].pop(), True
         return _connect(origin), False
+
+    def _forget(self, origin: Origin) -> None:
+        with self._lock:
+            idle = self._idle.pop(origin, [])
+        _close_all({origin: idle})
 
     def _put_back(self, origin: Origin, connection: http.client.HTTPConnection, reusable: bool) -> None:
         if not reusable:

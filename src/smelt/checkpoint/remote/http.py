@@ -147,14 +147,12 @@ class HttpPlace(RemotePlace):
                 weight_map = self.json(index).get("weight_map")
                 files = weight_map.values() if isinstance(weight_map, dict) else ()
                 return [index, *{file for file in files if isinstance(file, str)}]
-            if self._answers(f"{stem}.safetensors"):
+            if self.answers(f"{stem}.safetensors"):
                 return [f"{stem}.safetensors"]
-        raise InputRejected(
-            f"{self.shown()}: neither model.safetensors nor model.safetensors.index.json is there: a web server lists "
-            "no files, give the URL of one"
-        )
+        return []
 
-    def _answers(self, name: str) -> bool:
+    def answers(self, name: str) -> bool:
+        """Whether a file is there. Raises InputRejected when it is not served by ranges."""
         try:
             transport = self.transport(name)
             patiently(lambda: transport.begin(1), transport.name)
