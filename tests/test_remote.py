@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -194,6 +196,43 @@ def test_a_second_run_goes_on_where_the_first_was_cut_off(
     server.requests.clear()
     read_all(url)
     assert server.sent() <= blocks.HEAD + 1
+
+
+READER = f"""
+import sys, smelt
+from smelt.checkpoint.remote import blocks
+blocks.BLOCK, blocks.HEAD = {BLOCK}, 4096
+with smelt.load(sys.argv[1]) as checkpoint:
+    dict(checkpoint)
+"""
+
+
+def test_a_killed_process_leaves_what_it_fetched(server: FileServer, family: Family, tmp_path: Path) -> None:
+    """The server stops answering after some blocks; the process is killed; the next one needs the rest alone."""
+    environment = {**os.environ, "SMELT_CACHE": str(tmp_path / "cache")}
+    command, held = [sys.executable, "-c", READER, names(server, family)[0]], threading.Event()
+    stuck = threading.Event()
+
+    def hold(handler: Handler, first: int, last: int) -> bool:
+        if first < 6 * BLOCK:
+            return False
+        stuck.set()
+        held.wait(20)
+        return True
+
+    server.rules.append(hold)
+    with subprocess.Popen(command, env=environment) as process:
+        assert stuck.wait(20)
+        time.sleep(0.2)
+        process.kill()
+    kept = sum(path.stat().st_size for path in (tmp_path / "cache/blocks").iterdir())
+    held.set()
+    server.rules.clear()
+    server.requests.clear()
+    subprocess.run(command, env=environment, check=True)
+    size = (family.folder / "expert0/model.safetensors").stat().st_size
+    assert kept > 3 * BLOCK
+    assert server.sent() <= size - kept + 2 * blocks.HEAD
 
 
 def test_the_cache_is_bounded(server: FileServer, family: Family, tmp_path: Path, monkeypatch: Any) -> None:

@@ -12,18 +12,11 @@ from .transport import Beginning, Interrupted, NotThere, Transport, failure, pat
 
 #: Ways of fsspec to name files of this machine, or files inside of other files.
 _REFUSED = (
-    "file",
-    "local",
-    "http",
-    "data",
-    "reference",
-    "zip",
-    "tar",
-    "cached",
-    "filecache",
-    "simplecache",
-    "blockcache",
-)
+    "file", "local", "http", "data", "reference", "zip", "tar", "cached", "filecache", "simplecache", "blockcache",
+)  # fmt: skip
+
+#: What file systems tell versions by, the surest first.
+_TELLING = ("ETag", "etag", "generation", "md5", "LastModified", "last_modified", "mtime", "created")
 
 
 class BucketFile(Transport):
@@ -40,12 +33,12 @@ class BucketFile(Transport):
             facts = self._system.info(self._path)
             size = int(facts.get("size") or 0)
             head = self._system.cat_file(self._path, start=0, end=min(count, size)) if size else b""
-            version = self._system.ukey(self._path)
         except Exception as error:
             _translate(self.name, error)
         if facts.get("type") == "directory":
             raise NotThere("a folder, not a file")
-        return Beginning(bytes(head), size, str(version))
+        version = next((str(facts[key]) for key in _TELLING if facts.get(key)), "")
+        return Beginning(bytes(head), size, version)
 
     def fill(self, out: memoryview, offset: int) -> int:
         try:

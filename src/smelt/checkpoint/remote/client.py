@@ -76,29 +76,18 @@ class Client:
     def _once(self, url: str, headers: Mapping[str, str]) -> Iterator[Answer]:
         parts = urlsplit(url)
         origin = origin_of(parts)
-        connection, reused = self._connection(origin)
-        own = {"Host": parts.netloc.rpartition("@")[2], "User-Agent": _USER_AGENT, "Accept-Encoding": "identity"}
+        own = {"Host": parts.netloc, "User-Agent": _USER_AGENT, "Accept-Encoding": "identity"}
         if self._secret is not None and origin == self._home:
             own["Authorization"] = self._secret
+        connection, reused = self._connection(origin)
         try:
-            try:
-                connection.request("GET", (parts.path or "/") + (f"?{parts.query}" if parts.query else ""), None,
-                                   {**own, **headers})  # fmt: skip
-                response = connection.getresponse()
-            except ssl.SSLCertVerificationError as error:
-                raise InputRejected(
-                    f"{show(url, 1000)}: its certificate is not valid: {error.verify_message}"
-                ) from error
-            except (UnicodeError, http.client.InvalidURL) as error:
-                raise InputRejected(f"{show(url, 1000)} holds signs that must be escaped, as %20") from error
-            except (OSError, http.client.HTTPException) as error:
-                if reused:  # it had been closed meanwhile, and so may be the others
-                    self._forget(origin)
-                raise Interrupted(_words(error)) from error
+            response = _sent(connection, url, {**own, **headers})
             yield Answer(url, response.status, {k.lower(): v for k, v in response.getheaders()}, response)
             reusable = response.isclosed() and not response.length and not response.will_close
-        except BaseException:
+        except BaseException as error:
             connection.close()
+            if reused and isinstance(error, Interrupted):  # it had been closed meanwhile, and so may be the others
+                self._forget(origin)
             raise
         self._put_back(origin, connection, reusable)
 
@@ -119,6 +108,20 @@ class Client:
             return
         with self._lock:
             self._idle[origin].append(connection)
+
+
+def _sent(connection: http.client.HTTPConnection, url: str, headers: Mapping[str, str]) -> http.client.HTTPResponse:
+    parts = urlsplit(url)
+    try:
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        connection.request("GET", target, headers=dict(headers))
+        return connection.getresponse()
+    except ssl.SSLCertVerificationError as error:
+        raise InputRejected(f"{show(url, 1000)}: its certificate is not valid: {error.verify_message}") from error
+    except (UnicodeError, http.client.InvalidURL) as error:
+        raise InputRejected(f"{show(url, 1000)} holds signs that must be escaped, as %20") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise Interrupted(_words(error)) from error
 
 
 def _close_all(idle: Mapping[Origin, list[http.client.HTTPConnection]]) -> None:
