@@ -26,7 +26,7 @@ _REJECTED = 3
 @common
 @click.pass_context
 def command(ctx: click.Context, models: tuple[str, ...], base: str | None, full: bool, as_json: bool) -> None:
-    """Compare MODELs (folders, files or hub ids) and say whether and how to merge them.
+    """Compare MODELs (folders, files, hub ids or URLs) and say whether and how to merge them.
 
     Exit code 3 when something forbids a merge.
     """

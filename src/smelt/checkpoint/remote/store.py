@@ -72,14 +72,14 @@ class Store:
         """Keep a block, and forget the oldest ones that are too many."""
         digest = _hash()
         digest.update(data)
+        storage.write_atomically(self._folder / name, b"".join((data, digest.digest())))
         with self._lock:
             self._total += len(data) + _DIGEST - self._sizes.pop(name, 0)
             self._sizes[name] = len(data) + _DIGEST
             surplus = self._surplus()
         for old in surplus:
+            self._checked.discard(old)
             storage.forget(self._folder / old)
-        storage.write_atomically(self._folder / name, b"".join((data, digest.digest())))
-        self._checked.add(name)
 
     def _surplus(self) -> list[str]:
         names = []
