@@ -1,0 +1,12 @@
+"""Adapters: small files that change a model. :func:`read_adapter` tells what a PEFT folder does to which tensors."""
+
+from __future__ import annotations
+
+from .config import CONFIG, read_config
+from .reading import Adapter, parse, read_adapter
+from .updates import Hadamard, Kronecker, LowRank, Product, Rows, Saved, Scaled, Update
+
+__all__ = [
+    "CONFIG", "Adapter", "Hadamard", "Kronecker", "LowRank", "Product", "Rows", "Saved", "Scaled", "Update", "parse",
+    "read_adapter", "read_config",
+]  # fmt: skip
