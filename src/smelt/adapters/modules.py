@@ -9,13 +9,10 @@ from typing import Literal
 
 from ..architecture import role_of
 from ..checkpoint import Checkpoint
+from ..checkpoint.adapter import is_transposed_layer
 from ..kernels.dtypes import DTYPES
 
 Kind = Literal["linear", "embedding", "convolution", "other"]
-
-#: Families whose linear layers are stored as (in, out), and what these are called.
-_TRANSPOSED_FAMILIES = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
-_TRANSPOSED_LAYERS = {"c_attn", "c_proj", "c_fc", "q_attn"}
 
 
 @dataclass(frozen=True)
@@ -52,8 +49,7 @@ def modules_of(checkpoint: Checkpoint) -> list[Module]:
 def _module(name: str, tensors: Mapping[str, str], checkpoint: Checkpoint, names: set[str]) -> Module:
     kind = _kind(tensors, checkpoint)
     leaf = bool(name) and not any(other.startswith(name + ".") for other in names)
-    last = name.rpartition(".")[2]
-    swapped = checkpoint.config.get("model_type") in _TRANSPOSED_FAMILIES and last in _TRANSPOSED_LAYERS
+    swapped = bool(is_transposed_layer(name, checkpoint.config))
     head = "weight" in tensors and role_of(tensors["weight"]) == "head"
     return Module(name, kind, tensors, leaf, kind == "linear" and swapped, head)
 

@@ -28,6 +28,7 @@ class TensorInfo:
 
     ``dtype`` is the safetensors code ("BF16", "F32", "I64", ...), ``file`` and ``offset`` tell where the
     first byte lies (an empty file name for tensors in memory) and serve only to read in disk order.
+    ``native`` is the dtype that outputs take after it: another one where values are computed when they are read.
     """
 
     name: str
@@ -35,6 +36,10 @@ class TensorInfo:
     shape: tuple[int, ...]
     file: str = ""
     offset: int = 0
+    native: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "native", self.native or self.dtype)
 
     @property
     def count(self) -> int:
@@ -44,6 +49,18 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         return self.count * DTYPES[self.dtype].bits // 8
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """A change of low rank to a tensor seen as a matrix (its first axis by the rest): ``scaling * left @ right``.
+
+    left: (rows, r), right: (r, columns), float32; r is 0 for a tensor that is known not to change.
+    """
+
+    left: npt.NDArray[np.float32]
+    right: npt.NDArray[np.float32]
+    scaling: float
 
 
 class Checkpoint(ABC, Mapping[str, npt.NDArray[Any]]):
@@ -97,9 +114,17 @@ class Checkpoint(ABC, Mapping[str, npt.NDArray[Any]]):
     def check_unchanged(self) -> None:
         """Raise OperationFailed when an input file is no longer what it was when it was opened."""
 
+    def factors(self, name: str) -> Factors | None:
+        """How a tensor differs from that of the base it is read with, where that is known to be of low rank."""
+        return None
+
     def files(self) -> list[FileIdentity]:
         """The weight files behind this checkpoint, sorted by name; empty for tensors in memory."""
         return []
+
+    def folders(self) -> list[Path]:
+        """The local directories that it is read from: no output may lie in them."""
+        return [] if self.folder is None else [self.folder]
 
     def close(self) -> None:
         """Release file descriptors. Further reads fail."""

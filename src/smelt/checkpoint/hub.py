@@ -11,12 +11,12 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from .. import storage
 from ..errors import InputRejected, OperationFailed, SmeltError, show
 from .place import present
-from .selection import STEMS, is_weights, what_else
+from .selection import ADAPTER, STEMS, is_weights, nothing_in
 
 _T = TypeVar("_T")
 
@@ -24,6 +24,10 @@ _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _REVISION = re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w./-]*", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40,64}")
 _FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".json", ".yaml", ".yml")
+_ADAPTER_FILES = (ADAPTER, "adapter_config.json")
+
+#: What is downloaded of a repository: weights and side files, side files alone, or an adapter.
+What = Literal["model", "side files", "adapter"]
 _SIDE_FILES = (".json", ".txt", ".jinja", ".model", "README.md")
 
 
@@ -38,8 +42,8 @@ def switched_off() -> str | None:
     return next((name for name in switches if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")), None)
 
 
-def fetch(repository: str, revision: str | None, *, weights: bool = True) -> tuple[Path, str]:
-    """The local snapshot of a repository, downloaded where allowed, and its commit; side files alone if so wanted.
+def fetch(repository: str, revision: str | None, what: What = "model") -> tuple[Path, str]:
+    """The local snapshot of a repository, downloaded where allowed, and its commit.
 
     Raises InputRejected when repository or revision does not exist, when it holds no safetensors, when it is
     not in the cache and the hub is out of reach, and when an interrupted download left it unfinished;
@@ -49,7 +53,7 @@ def fetch(repository: str, revision: str | None, *, weights: bool = True) -> tup
     local = bool(switched_off())
     snapshot = Path(
         _asked(
-            where, lambda: _cached(repository, revision) if local else _downloaded(repository, revision, where, weights)
+            where, lambda: _cached(repository, revision) if local else _downloaded(repository, revision, where, what)
         )
     )
     for name in storage.listdir(snapshot):
@@ -114,7 +118,7 @@ def _cached(repository: str, revision: str | None) -> str:
     return found
 
 
-def _downloaded(repository: str, revision: str | None, where: str, weights: bool) -> str:
+def _downloaded(repository: str, revision: str | None, where: str, what: What) -> str:
     from huggingface_hub import HfApi, errors, snapshot_download
 
     try:
@@ -123,9 +127,18 @@ def _downloaded(repository: str, revision: str | None, where: str, weights: bool
         raise
     except Exception:  # no connection, in the words of whatever HTTP client is used
         return _cached(repository, revision)
-    patterns = [glob.escape(name) for name in (wanted(names, where) if weights else side_files(names))]
+    patterns = [glob.escape(name) for name in chosen(names, where, what)]
     found: str = snapshot_download(repository, revision=revision, allow_patterns=patterns)
     return found
+
+
+def chosen(names: Sequence[str], where: str, what: What) -> list[str]:
+    """Which files of a repository to download. InputRejected when there is not what is wanted."""
+    if what != "adapter":
+        return wanted(names, where) if what == "model" else side_files(names)
+    if not set(_ADAPTER_FILES) <= set(names):
+        raise InputRejected(f"{where} holds no {' and '.join(_ADAPTER_FILES)}: it is no adapter")
+    return list(_ADAPTER_FILES)
 
 
 def wanted(names: Sequence[str], where: str) -> list[str]:
@@ -136,7 +149,7 @@ def wanted(names: Sequence[str], where: str) -> list[str]:
     top = [name for name in names if "/" not in name]
     weights = [name for name in top if is_weights(name)]
     if not weights:
-        raise InputRejected(f"{where} {what_else(top)}")
+        raise nothing_in(where, top)
     named = next((found for stem in STEMS if (found := [n for n in weights if n.startswith(stem)])), weights)
     return sorted({*named, *side_files(top)})
 

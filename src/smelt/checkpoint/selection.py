@@ -37,6 +37,10 @@ ADAPTER_ADVICE = "is an adapter, not a model: name the base that it belongs to a
 WeightMap = Mapping[str, str]
 
 
+class AdapterGiven(InputRejected):
+    """What was to be a model is an adapter."""
+
+
 def choose(place: Place) -> tuple[list[str], WeightMap | None]:
     """The names of the weight files, and the index's map from tensor to file where there is one.
 
@@ -49,7 +53,7 @@ def choose(place: Place) -> tuple[list[str], WeightMap | None]:
     if indices:
         return _from_index(place, indices, single)
     if not weights:
-        raise InputRejected(f"{place.shown()} {what_else(names)}")
+        raise nothing_in(place.shown(), names)
     numbered = [match for name in weights if (match := NUMBERED.fullmatch(name))]
     if single and not any(match[1] == Path(single).stem for match in numbered):
         return [single], None
@@ -80,11 +84,15 @@ def _choice(place: Place, name: str) -> str:
     return f"give the path of the one that is meant, such as {place.shown(name)}, or remove the others"
 
 
-def what_else(names: Sequence[str]) -> str:
-    """What a folder without safetensors weights holds, and what to do about it: the end of a sentence."""
-    pickles = [name for name in names if name.endswith(_PICKLES)]
+def nothing_in(where: str, names: Sequence[str]) -> InputRejected:
+    """The error that says what a folder without safetensors weights holds, and what to do about it."""
     if any(name.startswith((_ADAPTER, "adapter_config.")) for name in names):
-        return ADAPTER_ADVICE
+        return AdapterGiven(f"{where} {ADAPTER_ADVICE}")
+    return InputRejected(f"{where} {_what_else(names)}")
+
+
+def _what_else(names: Sequence[str]) -> str:
+    pickles = [name for name in names if name.endswith(_PICKLES)]
     if pickles:
         return f"holds no safetensors file; {show(pickles[0])} {PICKLE_ADVICE}"
     if any(name.endswith(".gguf") for name in names):
@@ -176,7 +184,7 @@ def refuse_other_formats(place: Place, name: str) -> None:
     """Say of a single file that it is an adapter, pickled or GGUF, where its name tells."""
     where = place.shown(name)
     if name.startswith(_ADAPTER):
-        raise InputRejected(f"{where} {ADAPTER_ADVICE}")
+        raise AdapterGiven(f"{where} {ADAPTER_ADVICE}")
     if name.endswith(_PICKLES):
         raise InputRejected(f"{where} {PICKLE_ADVICE}")
     if name.endswith(".gguf"):

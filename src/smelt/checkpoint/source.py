@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .. import storage
 from ..errors import InputRejected, show
 from . import hub
+from .adapter import AdaptedCheckpoint, Adapter, read_adapter
 from .base import Checkpoint
 from .folder import FolderCheckpoint
 from .memory import MemoryCheckpoint, of_module
 from .place import LocalPlace
 from .remote import RemoteCheckpoint, is_url, located
+from .selection import ADAPTER
 from .side import SideFiles
 
 
@@ -22,6 +24,8 @@ def load(
     source: str | Path | Mapping[str, Any] | Any, *, revision: str | None = None, label: str | None = None
 ) -> Checkpoint:
     """Open a checkpoint lazily: a folder, one .safetensors file, a hub id, a URL, a dict of arrays, or a module.
+
+    ``base+adapter`` is the base with a PEFT adapter (a folder or hub id) applied; see also :func:`load_adapted`.
 
     A ``torch.nn.Module`` stands for its ``state_dict()``, and for its ``config`` where it has one.
 
@@ -45,9 +49,40 @@ def load(
     name, _, named = text.partition("@")
     if named and storage.exists(_path(name)):
         return FolderCheckpoint(_without_revision(_path(name), named), label or text)
+    base, plus, adapter = text.partition("+")
+    if plus and base and adapter and not isinstance(source, Path):
+        return load_adapted(load(base, revision=revision), [(open_adapter(adapter), 1.0)], label or text)
     if isinstance(source, Path) or not hub.is_id(name):
         raise InputRejected(f"{show(text, 1000)}: no such file or folder{_near(path)}")
     return _from_hub(name, revision or named or None, label or text, path)
+
+
+def load_adapted(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], label: str) -> Checkpoint:
+    """``base`` with adapters, each with its weight, as one checkpoint that is computed while it is read.
+
+    It owns them and closes them. Raises InputRejected when an adapter does not fit.
+    """
+    try:
+        return AdaptedCheckpoint(base, adapters, label)
+    except BaseException:
+        for opened in (base, *(adapter.file for adapter, _ in adapters)):
+            opened.close()
+        raise
+
+
+def open_adapter(source: str | Path | Adapter, revision: str | None = None) -> Adapter:
+    """Open an adapter: a folder or a hub id (``owner/name@revision`` too). Raises as :func:`load`."""
+    if isinstance(source, Adapter):
+        return source
+    text = str(source)
+    path = _path(text)
+    if storage.exists(path):
+        return read_adapter(_without_revision(path.parent if path.name == ADAPTER else path, revision), text)
+    name, _, named = text.partition("@")
+    if isinstance(source, Path) or not hub.is_id(name):
+        raise InputRejected(f"{show(text, 1000)}: no such file or folder{_near(path)}")
+    folder, commit = hub.fetch(name, revision or named or None, "adapter")
+    return read_adapter(folder, text, commit)
 
 
 def load_adapter(folder: Path) -> Checkpoint:
@@ -67,7 +102,7 @@ def side_files(source: str, revision: str | None = None) -> tuple[Mapping[str, b
         return SideFiles(LocalPlace(_without_revision(path, revision))), path
     if storage.exists(path) or not hub.is_id(source):
         raise InputRejected(f"{show(source, 1000)}: no such folder{_near(path)}")
-    return SideFiles(LocalPlace(hub.fetch(source, revision, weights=False)[0])), None
+    return SideFiles(LocalPlace(hub.fetch(source, revision, "side files")[0])), None
 
 
 def _path(text: str) -> Path:
@@ -89,7 +124,7 @@ def _from_hub(name: str, revision: str | None, label: str, path: Path) -> Checkp
     try:
         folder, commit = hub.fetch(name, revision)
     except InputRejected as error:
-        raise InputRejected(f"{error}{_near(path)}") from error
+        raise type(error)(f"{error}{_near(path)}") from error
     return FolderCheckpoint(folder, label, commit)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from .adapted import AdaptedCheckpoint
 from .config import CONFIG, read_config
+from .layouts import is_transposed_layer
 from .reading import Adapter, parse, read_adapter
 from .updates import Hadamard, Kronecker, LowRank, Product, Rows, Saved, Scaled, Update
 
 __all__ = [
-    "CONFIG", "Adapter", "Hadamard", "Kronecker", "LowRank", "Product", "Rows", "Saved", "Scaled", "Update", "parse",
-    "read_adapter", "read_config",
+    "CONFIG", "AdaptedCheckpoint", "Adapter", "Hadamard", "Kronecker", "LowRank", "Product", "Rows", "Saved", "Scaled",
+    "Update", "is_transposed_layer", "parse", "read_adapter", "read_config",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Any
 from ... import storage
 from ...errors import InputRejected, show
 from ..documents import brief, read_json
-from ..selection import present
+from ..place import present
 
 CONFIG = "adapter_config.json"
 

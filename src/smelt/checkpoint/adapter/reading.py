@@ -38,7 +38,7 @@ _EXPERT_PARAMETERS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 Parts = Mapping[str, TensorInfo]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Adapter:
     """An adapter, understood. ``file`` reads its tensors, by the names that they have in it.
 

@@ -1,0 +1,218 @@
+"""A base with its adapters as one checkpoint: what is adapted is computed while it is read."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...errors import InputRejected, show
+from ...kernels.dtypes import DTYPES
+from ...storage import FileIdentity
+from ..base import Checkpoint, Factors, TensorInfo
+from .binding import Change, bind
+from .reading import Adapter
+from .steps import Floats, Norms, Products, Step
+
+#: Tensors whose factors are kept: as many as are read at once by many threads.
+_KEPT = 32
+
+#: Elements of a slab when a whole tensor is measured, in whole rows; part of the definition of the sums.
+_SLAB = 1 << 19
+
+
+class AdaptedCheckpoint(Checkpoint):
+    """``base + sum weight (adapted by it alone - base)``; one adapter of weight 1 is applied as it is.
+
+    What is adapted reads as float32, computed exactly but for its roundings, whatever run of elements is asked for;
+    ``native`` of its :class:`TensorInfo` is the base's dtype. All else is the base's, in its own dtype. A tensor that
+    an adapter stores whole reads as stored there.
+
+    Raises InputRejected for adapters that do not fit the base: names, shapes, or several that replace a tensor by
+    one of another shape.
+    """
+
+    def __init__(self, base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], label: str) -> None:
+        self.label, self.base = label, base
+        self.config, self.folder, self.metadata = base.config, base.folder, base.metadata
+        self._adapters = [adapter for adapter, _ in adapters]
+        revisions = [source.revision for source in self._sources()]
+        self.revision = None if None in revisions else "+".join(map(str, revisions))
+        self._changes: dict[str, list[tuple[Adapter, float, list[Change]]]] = {}
+        for adapter, weight in adapters:
+            for name, changes in bind(adapter, base).items():
+                self._changes.setdefault(name, []).append((adapter, weight, changes))
+        adapted = {name: self._described(name) for name in sorted(self._changes)}
+        self.tensors: Mapping[str, TensorInfo] = dict(sorted({**base.tensors, **adapted}.items()))
+        self.notices: Sequence[str] = [note for source in self._sources() for note in source.notices]
+        self._chains: OrderedDict[str, list[tuple[float, list[Step]]]] = OrderedDict()
+        self._locks: dict[str, threading.Lock] = {}
+        self._guard = threading.Lock()
+
+    def _described(self, name: str) -> TensorInfo:
+        base, whole = self.base.tensors.get(name), self._whole(name)
+        if whole is not None:
+            return replace(whole, name=name, native=whole.dtype if base is None else base.native)
+        entries = self._changes[name]
+        stored = [change.value for _, _, changes in entries for change in changes if change.value is not None]
+        shapes = {info.shape for info in (*stored, *([base] if base is not None else []))}
+        if len(entries) == 1 and entries[0][1] == 1:
+            shapes = {stored[-1].shape} if stored else shapes
+        if base is None or len(shapes) > 1:
+            raise InputRejected(
+                f"{self.label}: {show(name)} is stored whole by an adapter, and is no sum with what the others hold "
+                f"({', '.join(str(list(shape)) for shape in sorted(shapes))}): give one adapter, of weight 1"
+            )
+        if not DTYPES[base.dtype].arithmetic:
+            raise InputRejected(
+                f"{self.label}: {show(name)} of the base is {base.dtype}, and cannot be adapted: dequantise it first"
+            )
+        return replace(base, dtype="F32", shape=shapes.pop())
+
+    def _whole(self, name: str) -> TensorInfo | None:
+        """The adapter's tensor, where nothing is done but to replace the base's by it."""
+        entries = self._changes.get(name, [])
+        if len(entries) == 1 and entries[0][1] == 1 and len(entries[0][2]) == 1:
+            return entries[0][2][0].value
+        return None
+
+    # --- values -------------------------------------------------------------------------------------------
+
+    def read(self, name: str, start: int, out: npt.NDArray[Any]) -> None:
+        whole = self._whole(name)
+        if name not in self._changes:
+            self.base.read(name, start, out)
+        elif whole is not None:
+            self._changes[name][0][0].file.read(whole.name, start, out)
+        else:
+            self._compute(name, start, out)
+
+    def _compute(self, name: str, start: int, out: Floats) -> None:
+        """Elements start .. start + len(out) of an adapted tensor."""
+        entries, chains = self._changes[name], self._chain(name)
+        if len(entries) == 1 and entries[0][1] == 1:
+            self._begin(name, entries[0], start, out)
+            _apply(chains[0][1], start, out)
+            return
+        self._read_floats(self.base, name, start, out)
+        unchanged = out.copy()
+        for entry, (weight, steps) in zip(entries, chains, strict=True):
+            if all(change.additive for change in entry[2]):
+                _apply(steps, start, out, weight)
+            else:
+                alone = np.empty_like(out)
+                self._begin(name, entry, start, alone)
+                _apply(steps, start, alone)
+                alone -= unchanged
+                alone *= np.float32(weight)
+                out += alone
+
+    def _begin(self, name: str, entry: tuple[Adapter, float, list[Change]], start: int, out: Floats) -> None:
+        """What the steps work on: the base's values, or those that the adapter stores whole."""
+        stored = [change.value for change in entry[2] if change.value is not None]
+        if stored:
+            self._read_floats(entry[0].file, stored[-1].name, start, out)
+        else:
+            self._read_floats(self.base, name, start, out)
+
+    def _read_floats(self, source: Checkpoint, name: str, start: int, out: Floats) -> None:
+        dtype = DTYPES[source.tensors[name].dtype]
+        if dtype.code == "F32":
+            source.read(name, start, out)
+            return
+        stored = np.empty(len(out), dtype.storage)
+        source.read(name, start, stored)
+        if dtype.code == "BF16":
+            np.left_shift(stored, np.uint32(16), out=out.view(np.uint32))
+        else:
+            np.copyto(out, dtype.as_values(stored), casting="same_kind")
+
+    def _chain(self, name: str) -> list[tuple[float, list[Step]]]:
+        """The steps on a tensor by adapter, with their factors; made once while they are in use."""
+        with self._guard:
+            if name in self._chains:
+                self._chains.move_to_end(name)
+                return self._chains[name]
+            lock = self._locks.setdefault(name, threading.Lock())
+        with lock:
+            found = self._chains.get(name) or [(entry[1], self._steps(name, entry)) for entry in self._changes[name]]
+            with self._guard:
+                self._chains[name] = found
+                if len(self._chains) > _KEPT:
+                    self._chains.popitem(last=False)
+        return found
+
+    def _steps(self, name: str, entry: tuple[Adapter, float, list[Change]]) -> list[Step]:
+        steps: list[Step] = []
+        for change in entry[2]:
+            if change.make is not None:
+                step = change.make()
+                steps.append(step.measured(self._slabs(name, entry, steps)) if isinstance(step, Norms) else step)
+        return steps
+
+    def _slabs(self, name: str, entry: tuple[Adapter, float, list[Change]], steps: list[Step]) -> Iterator[Floats]:
+        """All values as they are after ``steps``, in whole rows."""
+        shape = self.tensors[name].shape
+        width, count = prod(shape[1:]), prod(shape)
+        size = max(1, _SLAB // max(1, width)) * width
+        out = np.empty(min(size, count), np.float32)
+        for start in range(0, count, size):
+            part = out[: count - start]
+            self._begin(name, entry, start, part)
+            _apply(steps, start, part)
+            yield part
+
+    # --- structure ----------------------------------------------------------------------------------------
+
+    def factors(self, name: str) -> Factors | None:
+        info = self.tensors[name]
+        if name not in self.base.tensors or not DTYPES[info.dtype].arithmetic:
+            return None
+        rows, columns = info.shape[0] if info.shape else 1, prod(info.shape[1:])
+        if name not in self._changes:
+            return Factors(np.empty((rows, 0), np.float32), np.empty((0, columns), np.float32), 1.0)
+        if not all(change.additive for _, _, changes in self._changes[name] for change in changes):
+            return None
+        steps = [(weight, step) for weight, steps in self._chain(name) for step in steps]
+        if not all(isinstance(step, Products) and len(step.left) == 1 for _, step in steps):
+            return None
+        return _joined([(weight * step.scale, step) for weight, step in steps if isinstance(step, Products)])
+
+    def files(self) -> list[FileIdentity]:
+        found = {file.path: file for source in self._sources() for file in source.files()}
+        return [found[path] for path in sorted(found)]
+
+    def folders(self) -> list[Path]:
+        return [folder for source in self._sources() for folder in source.folders()]
+
+    def check_unchanged(self) -> None:
+        for source in self._sources():
+            source.check_unchanged()
+
+    def close(self) -> None:
+        for source in self._sources():
+            source.close()
+
+    def _sources(self) -> list[Checkpoint]:
+        return [self.base, *(adapter.file for adapter in self._adapters)]
+
+
+def _apply(steps: Sequence[Step], start: int, out: Floats, weight: float = 1.0) -> None:
+    for step in steps:
+        step.apply(start, out, weight)
+
+
+def _joined(products: Sequence[tuple[float, Products]]) -> Factors:
+    """One product for all: side by side, with the scales on the left where they differ."""
+    if len(products) == 1:
+        scale, product = products[0]
+        return Factors(product.left[0], product.right[0], scale)
+    left = np.concatenate([np.float32(scale) * product.left[0] for scale, product in products], axis=1)
+    return Factors(left, np.concatenate([product.right[0] for _, product in products]), 1.0)
