@@ -69,8 +69,8 @@ RECIPES = [
     ("75 passthrough of two", "merge_method: passthrough\nmodels:\n- model: {a}\n- model: {b}\n",
      r"passthrough takes 1 model\(s\)"),
     ("an early stage", STAGE % ("one", "{a}") + "seed: x\n---\n" + STAGE % ("two", "one"), "seed must be an integer"),
-    ("not yet: adapter", LINEAR + "models:\n- model: {a}+{b}\n  parameters: {{weight: 1}}\n",
-     "is understood but not executed by this version"),
+    ("not yet: another architecture", LINEAR + "models:\n- model: {{model: {a}, override_architecture: X}}\n"
+     "  parameters: {{weight: 1}}\n", "is understood but not executed by this version"),
 ]  # fmt: skip
 
 

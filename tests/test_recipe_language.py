@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from smelt.errors import UsageError
 from smelt.recipe import (
+    AdapterReference,
     ModelReference,
     Recipe,
     TokenRow,
@@ -193,13 +194,21 @@ def test_the_text_is_kept_as_it_was_written() -> None:
 )
 def test_references(node: Any, path: str, revision: str | None, lora: str | None, lora_revision: str | None) -> None:
     found = reference(node)
-    assert (found.path, found.revision, found.lora, found.lora_revision) == (path, revision, lora, lora_revision)
+    assert (found.path, found.revision) == (path, revision)
+    assert found.adapters == ((AdapterReference(lora, lora_revision),) if lora else ())
+
+
+def test_several_adapters_with_weights() -> None:
+    found = reference({"model": "a", "lora": ["b@x", {"path": "c", "weight": -0.5}]})
+    assert found.adapters == (AdapterReference("b", "x"), AdapterReference("c", None, -0.5))
+    assert reference(json.loads(found.text)) == found
+    assert reference({"model": "a", "lora": [{"path": "b", "weight": 1}]}) == reference("a+b")
 
 
 parts = st.text(st.sampled_from("ab/.+@"), min_size=1, max_size=6)
 reference_nodes = st.fixed_dictionaries(
     {"model": st.fixed_dictionaries({"path": parts}, optional={"revision": parts})},
-    optional={"lora": st.fixed_dictionaries({"path": parts}, optional={"revision": parts})},
+    optional={"lora": st.fixed_dictionaries({"path": parts}, optional={"revision": parts, "weight": st.just(0.5)})},
 )
 
 
@@ -230,14 +239,7 @@ def test_an_inline_recipe_may_stand_for_a_model() -> None:
 # --- what is not executed yet ---------------------------------------------------------------------------
 
 LATER = [
-    ("adapter of a tokenizer", MODELS + "tokenizer_source: a+b\n", "3:19: an adapter (the part after +, or lora) "),
-    ("adapter", HEAD + "models: [{model: a+b}]\n", "2:18: an adapter (the part after +, or lora) "),
-    (
-        "adapter of the base",
-        MODELS + "base_model: {model: a, lora: b}\n",
-        "3:13: an adapter (the part after +, or lora) ",
-    ),
-    ("statistics", HEAD + "models: [{model: a, statistics: s+b}]\n", "2:33: an adapter (the part after +, or lora) "),
+    ("statistics", HEAD + "models: [{model: a, statistics: s+b}]\n", "2:33: an adapter on statistics "),
     ("residual", SOURCE + "  - {model: a, layer_range: [0, 1]}\n  residual_weight: 1\n", "3:3: residual_weight "),
     ("format", MODELS + "output: {format: gguf}\n", "3:1: the output format gguf "),
     (

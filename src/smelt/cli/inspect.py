@@ -24,12 +24,17 @@ if TYPE_CHECKING:
 @json_option
 @common
 def command(model: str, tensors: bool, roles: bool, stats: bool, as_json: bool) -> None:
-    """Tell what MODEL (a folder, a file, a hub id or a URL) holds, from its headers and config."""
-    from ..checkpoint import load
+    """Tell what MODEL (a folder, a file, a hub id, a URL, base+adapter, an adapter) holds, from its headers and config."""
+    from ..checkpoint import AdapterGiven, load
     from ..diagnosis.contents import contents, tensor_rows
     from ..diagnosis.layers import structure_of
 
-    with load(model) as checkpoint:
+    try:
+        opened = load(model)
+    except AdapterGiven:
+        _tell_adapter(model, as_json)
+        return
+    with opened as checkpoint:
         structure = structure_of(checkpoint)
         facts = contents(checkpoint, structure)
         if tensors or roles or stats:
@@ -45,6 +50,33 @@ def command(model: str, tensors: bool, roles: bool, stats: bool, as_json: bool) 
     columns += ["lowest", "highest", "mean_magnitude", "zeros", "nonfinite"] if stats else []
     if columns:
         _show_tensors(facts["tensor_table"], columns)
+
+
+def _tell_adapter(source: str, as_json: bool) -> None:
+    from ..checkpoint import open_adapter
+    from ..diagnosis.contents import adapter_contents
+
+    adapter = open_adapter(source)
+    with adapter.file:
+        facts = adapter_contents(adapter)
+    if as_json:
+        print_json(facts)
+        return
+    ranks = [f"{rank} ({number} modules)" for rank, number in facts["ranks"].items()]
+    print_pairs(
+        {
+            "adapter": plain(facts["model"]) + (f" @ {facts['revision']}" if facts["revision"] else ""),
+            "kind": facts["kind"],
+            "made for": plain(facts["base"] or "not said"),
+            "tensors changed": str(facts["modules"]),
+            "rank": ", ".join(ranks) or "none",
+            "stored whole": ", ".join(map(plain, facts["stored_whole"])) or "nothing",
+            "parameters": count(facts["parameters"]),
+            "size": f"{size(facts['bytes'])} in {len(facts['files'])} file(s)",
+        }
+    )
+    print()
+    _show_totals("dtype", facts["dtypes"])
 
 
 def _add_values(checkpoint: Checkpoint, rows: Sequence[dict[str, Any]]) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Any
 
 from ..architecture import Structure, comparable_facts
-from ..checkpoint import Checkpoint, TensorInfo
+from ..checkpoint import Adapter, Checkpoint, TensorInfo
+from ..checkpoint.adapter import Hadamard, Kronecker, LowRank, Saved
 from ..kernels.dtypes import DTYPES
 from .layers import by_layer
 
@@ -33,6 +34,27 @@ def contents(checkpoint: Checkpoint, structure: Structure) -> dict[str, Any]:
         "config": comparable_facts(checkpoint.config),
         "metadata": dict(checkpoint.metadata),
         "notices": [*getattr(checkpoint, "notices", ()), *structure.remarks],
+    }
+
+
+def adapter_contents(adapter: Adapter) -> dict[str, Any]:
+    """What an adapter holds and changes, as plain data. ``base`` is what its author called the base."""
+    infos = adapter.file.tensors.values()
+    ranked = (update for update in adapter.updates if isinstance(update, LowRank | Hadamard | Kronecker))
+    ranks = Counter(update.rank for update in ranked)
+    return {
+        "model": adapter.label,
+        "revision": adapter.file.revision,
+        "kind": adapter.kind,
+        "base": adapter.config.base,
+        "modules": len({update.target for update in adapter.updates}),
+        "ranks": {str(rank): number for rank, number in sorted(ranks.items())},
+        "stored_whole": sorted(update.target for update in adapter.updates if isinstance(update, Saved)),
+        "parameters": sum(info.count for info in infos),
+        "bytes": sum(info.nbytes for info in infos),
+        "dtypes": _totals((info.dtype, info) for info in infos),
+        "files": [{"name": file.path.name, "bytes": file.size} for file in adapter.file.files()],
+        "notices": list(adapter.file.notices),
     }
 
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import Checkpoint, load
+from ..checkpoint import AdapterGiven, Checkpoint, load, load_adapted, open_adapter
 from ..engine.backbone import Likeness, judge, measure
 from ..engine.facts import compare_configs
 from ..engine.findings import Finding
@@ -48,13 +48,13 @@ def check(
         raise UsageError("check compares models: give at least two, or one and --base")
     sources = [*(() if base is None else [("base", base)]), *((f"model {i}", m) for i, m in enumerate(models))]
     with ExitStack() as stack:
-        opened = _opened(sources, stack)
+        opened = _opened(sources, base, stack)
         given = None if base is None else opened.pop(0)
         return _check(opened, given, sample, progress or Silent())
 
 
-def _opened(sources: Sequence[tuple[str, Source]], stack: ExitStack) -> list[Checkpoint]:
-    """Paths and ids are called what the caller wrote, arrays in memory by their place.
+def _opened(sources: Sequence[tuple[str, Source]], base: Source | None, stack: ExitStack) -> list[Checkpoint]:
+    """Paths and ids are called what the caller wrote, arrays in memory by their place. Adapters lie on ``base``.
 
     Raises InputRejected with the problems of all that cannot be opened.
     """
@@ -62,17 +62,23 @@ def _opened(sources: Sequence[tuple[str, Source]], stack: ExitStack) -> list[Che
     problems: list[str] = []
     for name, source in sources:
         try:
-            opened.append(_open_one(name, source, stack))
+            opened.append(_open_one(name, source, base, stack))
         except InputRejected as error:
             problems += error.problems
     InputRejected.gather(dict.fromkeys(problems))
     return opened
 
 
-def _open_one(name: str, source: Source, stack: ExitStack) -> Checkpoint:
+def _open_one(name: str, source: Source, base: Source | None, stack: ExitStack) -> Checkpoint:
     if isinstance(source, Checkpoint):
         return source
-    return stack.enter_context(load(source, label=name if isinstance(source, Mapping) else None))
+    try:
+        return stack.enter_context(load(source, label=name if isinstance(source, Mapping) else None))
+    except AdapterGiven:
+        if base is None or base is source or isinstance(base, Checkpoint):
+            raise
+        adapter = [(open_adapter(str(source)), 1.0)]
+        return stack.enter_context(load_adapted(load(base, label="base"), adapter, str(source)))
 
 
 def _check(models: list[Checkpoint], base: Checkpoint | None, sample: Sample, progress: Progress) -> Diagnosis:
@@ -150,5 +156,5 @@ def _advice(
 
 
 def _floating(models: Sequence[Checkpoint]) -> list[str]:
-    codes = [info.dtype for model in models for info in model.tensors.values() if DTYPES[info.dtype].arithmetic]
+    codes = [info.native for model in models for info in model.tensors.values() if DTYPES[info.dtype].arithmetic]
     return codes or ["F32"]

@@ -73,7 +73,7 @@ def _dtypes(everyone: Sequence[Checkpoint], wanted: Iterable[str]) -> list[Findi
     """Integers against floats cannot be merged; floats of different width can."""
     kinds: dict[bool, dict[tuple[str, ...], list[str]]] = {True: defaultdict(list), False: defaultdict(list)}
     for name in sorted(wanted):
-        codes = {c.label: c.tensors[name].dtype for c in everyone if name in c}
+        codes = {c.label: c.tensors[name].native for c in everyone if name in c}
         if len(set(codes.values())) > 1:
             floating = all(DTYPES[code].floating for code in codes.values())
             kinds[floating][tuple(f"{show(label)}: {code}" for label, code in codes.items())].append(name)

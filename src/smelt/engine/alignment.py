@@ -210,4 +210,5 @@ def _gather(parties: Sequence[Source], own: int, rows: RowMap, inputs: Inputs) -
     used = sorted({own, *rows.lenders()})
     operands = {index: parties[index].input.operand(parties[index].name, inputs.ledger) for index in used}
     dtype = common_dtype(operand.dtype for operand in operands.values())
-    return GatheredOperand(source.input.label, source.name, operands, rows, dtype)
+    native = common_dtype(operand.native for operand in operands.values())
+    return GatheredOperand(source.input.label, source.name, operands, rows, dtype, native)

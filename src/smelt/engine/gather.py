@@ -31,10 +31,12 @@ class GatheredOperand:
     """
 
     def __init__(
-        self, label: str, name: str, lenders: Mapping[int, CheckpointOperand], rows: RowMap, dtype: str
-    ) -> None:
+        self, label: str, name: str, lenders: Mapping[int, CheckpointOperand], rows: RowMap, dtype: str,
+        native: str = "",
+    ) -> None:  # fmt: skip
         row = next(iter(lenders.values())).shape[1:]
         self.label, self.name, self.lenders, self.rows, self.dtype = label, name, lenders, rows, dtype
+        self.native = native or dtype
         self.shape = (len(rows), *row)
         self.count = prod(self.shape)
         self._width = prod(row)

@@ -12,10 +12,11 @@ from typing import Any
 
 from ..architecture import Structure
 from ..architecture.config import vocabulary_sizes
-from ..checkpoint import Checkpoint, load, side_files
+from ..checkpoint import Adapter, AdapterGiven, Checkpoint, load, load_adapted, open_adapter, side_files
 from ..errors import InputRejected, SmeltError, show
 from ..kernels.dtypes import DTYPES
 from ..recipe import InputModel, ModelReference, Recipe
+from .card import public_name
 from .operands import CheckpointOperand, Ledger
 from .statistics import Statistics
 
@@ -59,6 +60,13 @@ class Input:
         return self.checkpoint.tensors[name].shape[axis] >= min(stated | {self.vocabulary_rows})
 
     @property
+    def public(self) -> str:
+        """How outputs name it."""
+        if self.is_local:
+            return "+".join(public_name(path, True) for path in self.reference.paths)
+        return public_name(self.label, False)
+
+    @property
     def is_local(self) -> bool:
         return self.checkpoint.revision is None
 
@@ -88,7 +96,7 @@ class Inputs:
         self.ledger = Ledger()
         problems: list[str] = []
         lenders = recipe.vocabulary.lenders() if recipe.vocabulary is not None else ()
-        self._by_text = _opened((*recipe.references(), *lenders), "", problems, places, raw)
+        self._by_text = _opened((*recipe.references(), *lenders), "", problems, places, raw, recipe.base_model)
         self.beside = _opened(recipe.statistics(), "statistics ", problems, places)
         self._statistics = {text: Statistics(item.checkpoint, self.ledger) for text, item in self.beside.items()}
         InputRejected.gather(dict.fromkeys(problems))
@@ -131,12 +139,12 @@ class Inputs:
         return max((item.checkpoint.scratch for item in self._all()), default=0)
 
     def folders(self) -> list[Path]:
-        found = [item.checkpoint.folder for item in self._all() if item.checkpoint.folder is not None]
-        return [*found, *self._tokenizers.values()]
+        return [*(folder for item in self._all() for folder in item.checkpoint.folders()), *self._tokenizers.values()]
 
     def local_paths(self) -> list[str]:
         """How the recipe names what lies on this machine."""
-        return [*(item.label for item in self._all() if item.is_local), *self._tokenizers]
+        named = (text for item in self._all() if item.is_local for text in (item.label, *item.reference.paths))
+        return [*named, *self._tokenizers]
 
     def notices(self) -> list[str]:
         """What is odd about the files, and what was not understood of the models in them."""
@@ -157,15 +165,19 @@ class Inputs:
 
 
 def _opened(
-    references: Iterable[ModelReference], what: str, problems: list[str], places: Places, raw: bool = False
-) -> dict[str, Input]:
-    """Each checkpoint once; what cannot be opened is appended to ``problems``. ``what`` leads their labels."""
+    references: Iterable[ModelReference], what: str, problems: list[str], places: Places, raw: bool = False,
+    base: ModelReference | None = None,
+) -> dict[str, Input]:  # fmt: skip
+    """Each checkpoint once; what cannot be opened is appended to ``problems``. ``what`` leads their labels.
+
+    ``base``: what adapters belong to that are named alone.
+    """
     found: dict[str, Input] = {}
     for reference in references:
         if reference.text in found:
             continue
         try:
-            checkpoint = _load(reference, what + reference.text, places)
+            checkpoint = _load(reference, what + reference.text, places, base)
             if raw:
                 checkpoint.strip()
             found[reference.text] = Input(reference, checkpoint, raw)
@@ -174,9 +186,22 @@ def _opened(
     return found
 
 
-def _load(reference: ModelReference, label: str, places: Places) -> Checkpoint:
+def _load(reference: ModelReference, label: str, places: Places, base: ModelReference | None = None) -> Checkpoint:
+    """A model with its adapters; an adapter that is named alone, on ``base``."""
     place = places.get(reference.path) if reference.revision is None else None
-    return load(reference.path if place is None else place, revision=reference.revision, label=label)
+    if isinstance(place, Adapter) and base is not None:
+        return load_adapted(_load(base, base.text, places), [(place, 1.0)], label)
+    try:
+        model = load(reference.path if place is None else place, revision=reference.revision, label=label)
+    except AdapterGiven:
+        if base is None or base.text == reference.text or reference.adapters:
+            raise
+        found = open_adapter(reference.path, reference.revision)
+        return load_adapted(_load(base, base.text, places), [(found, 1.0)], label)
+    if not reference.adapters:
+        return model
+    opened = [(open_adapter(places.get(a.path, a.path), a.revision), a.weight) for a in reference.adapters]
+    return load_adapted(model, opened, label)
 
 
 def quantised(item: Input) -> Iterator[str]:
@@ -222,12 +247,10 @@ def identity(item: Input, ledger: Ledger) -> dict[str, Any]:
     """How the manifest names an input: label, revision, files, and the digest of what was read."""
     import xxhash
 
-    from .card import public_name
-
     digests = ledger.digests(item.checkpoint.label)
     lines = "".join(f"{name} {digest}\n" for name, digest in digests.items())
     return {
-        "model": public_name(item.label, item.is_local),
+        "model": item.public,
         "revision": item.checkpoint.revision,
         "files": [
             {"name": file.path.name, "size": file.size} | ({"version": file.version} if file.version else {})

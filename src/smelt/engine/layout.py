@@ -51,6 +51,11 @@ class Source:
         return self._stated.dtype
 
     @property
+    def native(self) -> str:
+        """The dtype that outputs take after it."""
+        return self._stated.native
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return self._stated.shape
 

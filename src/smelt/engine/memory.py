@@ -229,7 +229,7 @@ class _Inputs:
         jobs = []
         merged = {tensor.name: tensor for tensor in tensors}
         for name, sources in self._sources():
-            code = _output_dtype([source.dtype for source in sources], dtype)
+            code = _output_dtype([source.native for source in sources], dtype)
             sink.expect(name, code, sources[0].shape)
             jobs.append(Job(name, code, sources[0].count, sources, self._begin(name, merged.get(name), method, task)))
         return jobs
@@ -239,7 +239,7 @@ class _Inputs:
         jobs = []
         merged = {tensor.name: tensor for tensor in tensors}
         for name, sources in self._sources():
-            code = _output_dtype([source.dtype for source in sources], dtype)
+            code = _output_dtype([source.native for source in sources], dtype)
             models = sources[-len(self._models) :] if self._floating(name) else []
             parts = parts_of(method, merged[name], code) if name in merged else own_parts(name, models, code)
             for part in parts:
@@ -270,7 +270,7 @@ class _Inputs:
         values: dict[str, Any] = {}
         reached: frozenset[str] = frozenset()
         for name, sources in self._sources():
-            code = _output_dtype([source.dtype for source in sources], dtype)
+            code = _output_dtype([source.native for source in sources], dtype)
             begin = self._begin(name, merged.get(name), method, task)
             values[name], more = merge_live(begin, sources[0], executor, self._live_tensor, code, policy)
             reached |= more

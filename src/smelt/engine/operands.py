@@ -51,7 +51,7 @@ class CheckpointOperand:
         self.checkpoint = checkpoint
         self.name = name
         self.label = checkpoint.label
-        self.dtype = info.dtype
+        self.dtype, self.native = info.dtype, info.native
         self.shape = info.shape
         self.count = info.count
         self._ledger = ledger

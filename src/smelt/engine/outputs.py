@@ -88,7 +88,7 @@ class OutputMaker:
 
     def _output(self, piece: Piece) -> Output:
         """What one tensor is made of, and in which dtype."""
-        codes, shape = [source.dtype for source in piece.sources], piece.sources[0].shape
+        codes, shape = [source.native for source in piece.sources], piece.sources[0].shape
         piece = self._decided(piece, codes)
         tensor = None if piece.action == "copy" else self._tensor(piece)
         return Output(piece.name, self._dtype(codes), shape, piece, tensor)

@@ -15,7 +15,7 @@ from ..kernels.program import Copy
 from ..methods import Model
 from ..recipe import Stage
 from .backbone import compare_backbones
-from .card import card, hub_id, public_name, without_paths
+from .card import card, hub_id, without_paths
 from .config import patched_config
 from .device import mapper_for
 from .execute import Executor, Job, Steps
@@ -259,13 +259,14 @@ def _model_files(plan: Plan, title: str, notices: Sequence[str]) -> dict[str, by
 
 def _card(plan: Plan, title: str, notices: Sequence[str]) -> str:
     base = plan.recipe.base_model
+    names = [name for item in plan.inputs.merged if not item.is_local for name in item.label.split("+")]
     items = [item for item in plan.inputs.merged if base is None or item.label != base.text]
     return card(
         title=title,
         method=plan.method,
-        base=None if base is None else public_name(base.text, plan.inputs[base].is_local),
-        models=[public_name(item.label, item.is_local) for item in items],
-        hub_ids=[name for item in plan.inputs.merged if not item.is_local and (name := hub_id(item.label))],
+        base=None if base is None else plan.inputs[base].public,
+        models=[item.public for item in items],
+        hub_ids=[name for text in dict.fromkeys(names) if (name := hub_id(text))],
         license_name=licence_of(plan.inputs),
         recipe=_public(plan, plan.recipe.text),
         notices=notices,
@@ -274,7 +275,7 @@ def _card(plan: Plan, title: str, notices: Sequence[str]) -> str:
 
 def _measured(plan: Plan, label: str, values: dict[str, float]) -> dict[str, Any]:
     item = next(item for item in plan.inputs if item.label == label)
-    return {"model": public_name(label, item.is_local), **values}
+    return {"model": item.public, **values}
 
 
 def _public(plan: Plan, text: str) -> str:

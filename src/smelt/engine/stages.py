@@ -44,7 +44,8 @@ def stages_of(recipe: RecipeLike, models: Mapping[str, Any]) -> list[Stage]:
     """The stages of a recipe, the output last. UsageError for ``models`` that it does not name."""
     stages = in_order(read_recipes(recipe))
     recipes = [stage.recipe for stage in stages]
-    named = {each.path for recipe in recipes for each in (*recipe.references(), *recipe.token_references())}
+    references = [each for recipe in recipes for each in (*recipe.references(), *recipe.token_references())]
+    named = {path for each in references for path in each.paths}
     taken = {stage.name for stage in stages[:-1]}
     UsageError.gather(
         f"models: {show(name)} is a document of the recipe" if name in taken
@@ -73,7 +74,7 @@ def plan_stages(stages: Sequence[Stage], options: Options, models: Places) -> Pl
 def local_paths(stages: Sequence[Stage]) -> tuple[str, ...]:
     """What the recipes of all stages name that is a path on this machine: no output may tell where it is."""
     recipes = [stage.recipe for stage in stages]
-    named = {each.path for recipe in recipes for each in _named(recipe)}
+    named = {path for recipe in recipes for each in _named(recipe) for path in each.paths}
     settings = [placed.setting for recipe in recipes for placed in recipe.all_settings()]
     words = (entry.value for setting in settings for entry in setting.values())
     named |= {word for word in words if isinstance(word, str) and "/" in word}

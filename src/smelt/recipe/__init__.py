@@ -15,6 +15,7 @@ from typing import Any
 from ..errors import UsageError
 from .documents import documents, from_plain, to_plain
 from .language import (
+    AdapterReference,
     InputModel,
     ModelReference,
     OutputModule,
@@ -38,7 +39,7 @@ from .support import not_yet
 from .words import did_you_mean
 
 __all__ = [
-    "Condition", "InputModel", "ModelReference", "OutputModule", "OutputOptions", "OutputSlice",
+    "AdapterReference", "Condition", "InputModel", "ModelReference", "OutputModule", "OutputOptions", "OutputSlice",
     "PlacedSetting", "Position", "Recipe", "Setting", "Stage", "TokenRow", "TokenRule", "TokenizerOptions", "Value",
     "convert", "depth_in_slice", "did_you_mean", "in_order", "levels", "not_yet", "parse", "parse_mapping",
     "parse_reference", "parse_size", "resolve_parameter",

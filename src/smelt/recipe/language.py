@@ -13,6 +13,14 @@ Parameters = Mapping[str, Setting]
 Level = Literal["source", "slice", "module", "recipe"]
 
 
+class AdapterReference(NamedTuple):
+    """An adapter by path or hub id, its branch, tag or commit, and how much of its change is added."""
+
+    path: str
+    revision: str | None = None
+    weight: float = 1.0
+
+
 @dataclass(frozen=True)
 class ModelReference:
     """Which model is meant. References are equal when their ``text`` is.
@@ -21,8 +29,8 @@ class ModelReference:
     ----------
     text: how to name it, in one way whatever the form it was written in.
     path: a local folder, a single file or a hub id; the name of another document; a made-up one for an inline recipe.
-    revision, lora_revision: hub branch, tag or commit.
-    lora: an adapter to apply, as a path or hub id.
+    revision: hub branch, tag or commit.
+    adapters: what is applied to it.
     override_architecture: replaces ``architectures[0]`` of the model's config.
     recipe: the inline recipe whose result is meant.
     """
@@ -31,10 +39,14 @@ class ModelReference:
     path: str = field(compare=False)
     position: Position = field(compare=False, repr=False)
     revision: str | None = field(default=None, compare=False)
-    lora: str | None = field(default=None, compare=False)
-    lora_revision: str | None = field(default=None, compare=False)
+    adapters: tuple[AdapterReference, ...] = field(default=(), compare=False)
     override_architecture: str | None = field(default=None, compare=False)
     recipe: Recipe | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Of the model and of its adapters."""
+        return self.path, *(adapter.path for adapter in self.adapters)
 
 
 @dataclass(frozen=True)

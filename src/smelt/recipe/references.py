@@ -7,12 +7,13 @@ import json
 from typing import Any
 
 from ..errors import show, without_secrets
-from .language import ModelReference
-from .nodes import Fields, Leaf, Node, Position, Report
+from .language import AdapterReference, ModelReference
+from .nodes import Fields, Items, Leaf, Node, Position, Report
 from .sections import Section
 from .settings import HOLE, is_hole
 
 Part = tuple[str, str | None]
+Adapters = tuple[AdapterReference, ...]
 
 
 def read_reference(node: Node, report: Report, key: str = "model") -> ModelReference | None:
@@ -38,7 +39,7 @@ def parse_reference(text: str, position: Position) -> ModelReference:
     model, *adapters = text.split("+")
     if len(adapters) > 1:
         raise ValueError(f"more than one + in {show(text)}; for a path with + write model: {{model: {{path: ...}}}}")
-    return _reference(_part(model), _part(adapters[0]) if adapters else None, None, position)
+    return _reference(_part(model), tuple(AdapterReference(*_part(text)) for text in adapters), None, position)
 
 
 def _part(text: str) -> Part:
@@ -56,17 +57,35 @@ def _from_mapping(node: Fields, report: Report) -> ModelReference | None:
     section = Section(node, ("model", "lora", "override_architecture"), "a model reference", report)
     inner = section.require("model")
     model = _read_part(inner, report) if inner else None
-    lora_node = section.get("lora")
-    lora = _read_part(lora_node, report) if lora_node else None
+    adapters = _read_adapters(section.get("lora"), report)
     architecture = section.text("override_architecture")
-    if model is None or (lora_node and lora is None):
+    if model is None or adapters is None:
         return None
-    return _reference(model, lora, architecture, node.position)
+    return _reference(model, adapters, architecture, node.position)
 
 
-def _read_part(node: Node, report: Report) -> Part | None:
+def _read_adapters(node: Node | None, report: Report) -> Adapters | None:
+    """One adapter or a list of them, each a name or a mapping that may give a weight."""
+    if node is None:
+        return ()
+    found = [_read_adapter(item, report) for item in (node.nodes if isinstance(node, Items) else (node,))]
+    return None if None in found else tuple(adapter for adapter in found if adapter is not None)
+
+
+def _read_adapter(node: Node, report: Report) -> AdapterReference | None:
+    weight = 1.0
+    if isinstance(node, Fields) and "weight" in node.nodes:
+        given = Section(node, ("path", "revision", "weight"), "an adapter", report).number("weight")
+        if given is None:
+            return None
+        weight = given
+    part = _read_part(node, report, ("path", "revision", "weight"))
+    return AdapterReference(*part, weight) if part else None
+
+
+def _read_part(node: Node, report: Report, known: tuple[str, ...] = ("path", "revision")) -> Part | None:
     if isinstance(node, Fields):
-        section = Section(node, ("path", "revision"), "a model path", report)
+        section = Section(node, known, "a model path", report)
         section.require("path")
         path, revision = section.text("path"), section.text("revision")
         return (path, revision) if path else None
@@ -80,22 +99,23 @@ def _read_part(node: Node, report: Report) -> Part | None:
         return None
 
 
-def _reference(model: Part, lora: Part | None, architecture: str | None, position: Position) -> ModelReference:
-    (path, revision), (lora_path, lora_revision) = model, lora or (None, None)
-    return ModelReference(
-        _text(model, lora, architecture), path, position, revision, lora_path, lora_revision, architecture
-    )
+def _reference(model: Part, adapters: Adapters, architecture: str | None, position: Position) -> ModelReference:
+    path, revision = model
+    return ModelReference(_text(model, adapters, architecture), path, position, revision, adapters, architecture)
 
 
-def _text(model: Part, lora: Part | None, architecture: str | None) -> str:
+def _text(model: Part, adapters: Adapters, architecture: str | None) -> str:
     """The string form where it says the same, else the mapping as JSON: never one text for two models."""
-    parts = [(_told(path), revision) for path, revision in filter(None, (model, lora))]
+    parts = [(_told(path), revision) for path, revision in (model, *(adapter[:2] for adapter in adapters))]
     spelt = "+".join("@".join(filter(None, part)) for part in parts)
-    if architecture is None and not any(map(_is_odd, parts)):
+    plain = architecture is None and len(adapters) < 2 and all(adapter.weight == 1 for adapter in adapters)
+    if plain and not any(map(_is_odd, parts)):
         return spelt
     form: dict[str, Any] = {"model": _mapping(parts[0])}
-    if lora:
-        form["lora"] = _mapping(parts[1])
+    if adapters:
+        weights = [{"weight": adapter.weight} if adapter.weight != 1 else {} for adapter in adapters]
+        forms = [_mapping(part) | weight for part, weight in zip(parts[1:], weights, strict=True)]
+        form["lora"] = forms if len(forms) > 1 else forms[0]
     if architecture:
         form["override_architecture"] = architecture
     return json.dumps(form)
@@ -115,6 +135,6 @@ def _told(path: str) -> str:
     return f"{told}#{hashlib.sha256(query.encode()).hexdigest()[:8]}" if query else told
 
 
-def _mapping(part: Part) -> dict[str, str | None]:
+def _mapping(part: Part) -> dict[str, Any]:
     path, revision = part
     return {"path": path, "revision": revision} if revision else {"path": path}
