@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 import smelt
-from smelt.checkpoint import Checkpoint, load_adapted
-from smelt.checkpoint.adapter import Adapter, parse, read_adapter
+from smelt.checkpoint import Checkpoint, load_adapted, open_adapter
+from smelt.checkpoint.adapter import Adapter, parse, read_adapter, read_flat
 from smelt.cli import main
 from smelt.errors import InputRejected
 from tests import peft_oracle
@@ -201,6 +201,71 @@ def test_stacked_experts_of_memory_are_found_one_by_one_on_disk(layers: tuple[st
         assert (np.concatenate([gate, up]) == whole["m.mlp.experts.gate_up_proj"][e]).all()
         assert (down == whole["m.mlp.experts.down_proj"][e]).all()
         assert down.any()
+
+
+def unet() -> Arrays:
+    random = np.random.default_rng(0)
+    shapes = {"unet.blocks.1.to_q.weight": (6, 4), "unet.conv.weight": (6, 4, 3, 3), "unet.proj.weight": (6, 4, 1, 1)}
+    return {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def flat(style: str) -> Arrays:
+    """The same factors in the naming of kohya's or diffusers' files."""
+    down, up = ("lora_down.weight", "lora_up.weight") if style == "kohya" else ("lora_A.weight", "lora_B.weight")
+    random, found = np.random.default_rng(1), {}
+    for module, shape in (("blocks.1.to_q", (2, 4)), ("conv", (2, 4, 3, 3)), ("proj", (2, 4))):
+        name = f"lora_unet_{module.replace('.', '_')}" if style == "kohya" else f"unet.{module}"
+        found[f"{name}.{down}"] = random.standard_normal(shape).astype(np.float32)
+        found[f"{name}.{up}"] = random.standard_normal((6, 2, *(1 for _ in shape[2:]))).astype(np.float32)
+        if style == "kohya":
+            found[f"{name}.alpha"] = np.array(3, np.float32)
+    return found
+
+
+@pytest.mark.parametrize("style", ["kohya", "diffusers"])
+def test_files_without_a_config(style: str, tmp_path: Path) -> None:
+    if style == "kohya":
+        save_file(flat(style), tmp_path / "style.safetensors")
+        adapter = open_adapter(tmp_path / "style.safetensors")
+    else:
+        meta = {"lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.lora_alpha": 3})}
+        save_file(flat(style), tmp_path / "pytorch_lora_weights.safetensors", meta)
+        adapter = open_adapter(tmp_path)
+    before, tensors = unet(), list(flat(style).values())
+    tensors = [tensor for tensor in tensors if tensor.ndim]
+    found = load_adapted(smelt.load(before), [(adapter, 1.0)], "x")
+    for number, name in enumerate(before):
+        down, up = tensors[2 * number].reshape(2, -1), tensors[2 * number + 1].reshape(6, 2)
+        wanted = before[name] + 1.5 * (up @ down).reshape(before[name].shape)
+        np.testing.assert_allclose(found[name], wanted, rtol=1e-6, atol=2e-6)
+
+
+def test_parts_of_a_pipeline_that_the_base_is_not_are_left_out_aloud() -> None:
+    text = {
+        f"lora_te_layers_0_q.{part}": array
+        for part, array in (
+            ("lora_down.weight", np.ones((2, 4), np.float32)),
+            ("lora_up.weight", np.ones((4, 2), np.float32)),
+        )
+    }
+    found = load_adapted(smelt.load(unet()), [(read_flat(smelt.load(flat("kohya") | text)), 1.0)], "x")
+    assert [note for note in found.notices if "holds for 'te' is not used" in note]
+    missing = {name.replace("unet_conv", "unet_other"): array for name, array in flat("kohya").items()}
+    with pytest.raises(InputRejected, match=r"adapts 'lora_unet_other\.weight'"):
+        load_adapted(smelt.load(unet()), [(read_flat(smelt.load(missing)), 1.0)], "x")
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"lora_unet_conv.dora_scale": np.ones(6, np.float32)}, r"'lora_unet_conv\.dora_scale' is not understood"),
+        ({"lora_unet_conv.alpha": np.zeros((), np.float32)}, r"'lora_unet_conv\.alpha' \[\] is no alpha"),
+        ({"lora_unet_conv.hada_w1_a": np.ones((6, 2), np.float32)}, "has factors of two kinds"),
+    ],
+)
+def test_a_file_without_config_that_is_not_understood(extra: Arrays, message: str) -> None:
+    with pytest.raises(InputRejected, match=message):
+        read_flat(smelt.load(flat("kohya") | extra))
 
 
 def test_a_transposed_layer_is_told_by_its_family_where_the_shape_does_not() -> None:

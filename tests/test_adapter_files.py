@@ -22,6 +22,13 @@ CASES = (*LORA, *OTHERS)
 A, B = "base_model.model.layers.0.q.lora_A.weight", "base_model.model.layers.0.q.lora_B.weight"
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
 FACTORS = {A: np.ones((2, 6), np.float32), B: np.ones((6, 2), np.float32)}
+POOLS = {
+    "pool.q.lora_A.weight": np.ones((4, 3), np.float32), "pool.q.lora_B.weight": np.ones((3, 4), np.float32),
+}  # fmt: skip
+CORE, FLORA = np.ones((6, 3), np.float32), {"peft_type": "FLORA", "scale": 1.0}
+MOS = {
+    "peft_type": "MOS", "r": 1, "lora_alpha": 2, "equivalent_rank": 1, "private_rank": 0, "shards_per_vector": 2,
+}  # fmt: skip
 
 
 def put(folder: Path, tensors: dict[str, Any], config: object) -> Path:
@@ -98,6 +105,13 @@ BAD: list[tuple[str, dict[str, Any], object, str]] = [
     ("an unknown key", FACTORS, {**CONFIG, "use_qalora": True}, "'use_qalora' is True, which this version cannot"),
     ("a base that was changed", FACTORS, {**CONFIG, "init_lora_weights": "pissa"}, "'pissa', which changed the base"),
     ("integers", {A: np.ones((2, 6), np.int32), B: FACTORS[B]}, CONFIG, "is I32, expected floating numbers"),
+    ("FLoRA without a factor", {"x.param_0": FACTORS[A], "x.param_G": CORE}, FLORA,
+     "'x' has .*, expected param_G and a param_ for each"),
+    ("FLoRA of another rank", {"x.param_0": FACTORS[A], "x.param_1": FACTORS[B], "x.param_G": CORE}, FLORA,
+     r"param_1' is \[6, 2\], beside a core \[6, 3\]"),
+    ("MoS without tables", {"pool.q.lora_A.weight": FACTORS[A]}, MOS, "is not understood: no module uses it"),
+    ("MoS that points outside", {**POOLS, "index_A.x.q": np.array([0, 4]), "index_B.x.q": np.array([0, 1])},
+     MOS, "index_A.x.q' points outside of a pool of 4"),
     (
         "a grouped convolution",
         {A: np.ones((2, 4, 3, 3), np.float32), B: np.ones((6, 1, 1, 1), np.float32)},

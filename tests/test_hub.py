@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import constants, errors
 
 import smelt
-from smelt.checkpoint import hub
+from smelt.checkpoint import hub, open_adapter
 
 from .attacks import FILE, INDEX, ONE, TWO, good, indexed, put
 
@@ -53,6 +53,18 @@ def put_ref(home: Path, ref: str, commit: str) -> None:
 
 
 # --- offline --------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_by_its_id(cache: Path, tmp_path: Path) -> None:
+    case = Path(__file__).parent / "data" / "adapters" / "lora"
+    folder = snapshot(cache, adapter_model=(case / "adapter_model.safetensors").read_bytes())
+    (folder / "adapter_config.json").write_bytes((case / "adapter_config.json").read_bytes())
+    (tmp_path / "base.safetensors").write_bytes((case.parent / "base.safetensors").read_bytes())
+    with smelt.load(f"base.safetensors+{ID}@main") as checkpoint:
+        assert checkpoint.tensors["layers.0.q.weight"].dtype == "F32"
+        assert checkpoint.revision is None
+    with pytest.raises(smelt.InputRejected, match="is an adapter, not a model"):
+        smelt.load(ID)
 
 
 @pytest.mark.parametrize("switch", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
@@ -183,6 +195,17 @@ def test_only_what_is_needed_is_downloaded(online: Callable[..., list[dict[str, 
         "README.md", "chat_template.jinja", "config.json", "merges.txt", FILE, "tokenizer.json", "tokenizer.model",
         "weird[[]1].json",
     ]  # fmt: skip
+
+
+def test_of_an_adapter_only_its_two_files_are_downloaded(online: Callable[..., list[dict[str, Any]]]) -> None:
+    asked = online(["adapter_model.safetensors", "adapter_config.json", "README.md", "optimizer.pt"])
+    with pytest.raises(smelt.InputRejected):  # the stand-in downloads nothing
+        open_adapter(ID)
+    (download,) = (call for call in asked if "download" in call)
+    assert sorted(download["allow_patterns"]) == ["adapter_config.json", "adapter_model.safetensors"]
+    online(["model.safetensors"])
+    with pytest.raises(smelt.InputRejected, match="it is no adapter"):
+        open_adapter(ID)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,9 @@ _ADAPTER = "adapter_model."
 #: The weights of an adapter, which are no model's.
 ADAPTER = "adapter_model.safetensors"
 
+#: What diffusers calls the adapter of a pipeline.
+DIFFUSERS_ADAPTER = "pytorch_lora_weights.safetensors"
+
 PICKLE_ADVICE = (
     "is pickled, and reading it can run code: convert it to safetensors first, with save_pretrained of a current "
     "transformers where you trust it"

@@ -10,13 +10,13 @@ from typing import Any
 from .. import storage
 from ..errors import InputRejected, show
 from . import hub
-from .adapter import AdaptedCheckpoint, Adapter, read_adapter
+from .adapter import AdaptedCheckpoint, Adapter, read_adapter, read_flat
 from .base import Checkpoint
 from .folder import FolderCheckpoint
 from .memory import MemoryCheckpoint, of_module
 from .place import LocalPlace
 from .remote import RemoteCheckpoint, is_url, located
-from .selection import ADAPTER
+from .selection import ADAPTER, DIFFUSERS_ADAPTER
 from .side import SideFiles
 
 
@@ -71,18 +71,33 @@ def load_adapted(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], la
 
 
 def open_adapter(source: str | Path | Adapter, revision: str | None = None) -> Adapter:
-    """Open an adapter: a folder or a hub id (``owner/name@revision`` too). Raises as :func:`load`."""
+    """Open an adapter: a folder, a file in kohya's or diffusers' naming, or a hub id. Raises as :func:`load`."""
     if isinstance(source, Adapter):
         return source
     text = str(source)
     path = _path(text)
     if storage.exists(path):
-        return read_adapter(_without_revision(path.parent if path.name == ADAPTER else path, revision), text)
+        return _adapter_at(_without_revision(path, revision), text)
     name, _, named = text.partition("@")
     if isinstance(source, Path) or not hub.is_id(name):
         raise InputRejected(f"{show(text, 1000)}: no such file or folder{_near(path)}")
     folder, commit = hub.fetch(name, revision or named or None, "adapter")
     return read_adapter(folder, text, commit)
+
+
+def _adapter_at(path: Path, label: str) -> Adapter:
+    """PEFT's folder, or a single file that needs no config."""
+    diffusers = path / DIFFUSERS_ADAPTER
+    if storage.is_folder(path) and storage.exists(diffusers):
+        path = diffusers
+    if storage.is_folder(path) or path.name == ADAPTER:
+        return read_adapter(path.parent if path.name == ADAPTER else path, label)
+    file = FolderCheckpoint(path, label)
+    try:
+        return read_flat(file)
+    except BaseException:
+        file.close()
+        raise
 
 
 def load_adapter(folder: Path) -> Checkpoint:

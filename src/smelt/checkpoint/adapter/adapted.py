@@ -17,7 +17,7 @@ from ...errors import InputRejected, show
 from ...kernels.dtypes import DTYPES
 from ...storage import FileIdentity
 from ..base import Checkpoint, Factors, TensorInfo
-from .binding import Change, bind
+from .binding import Change, bind, unused
 from .reading import Adapter
 from .steps import Floats, Norms, Products, Step
 
@@ -51,7 +51,11 @@ class AdaptedCheckpoint(Checkpoint):
                 self._changes.setdefault(name, []).append((adapter, weight, changes))
         adapted = {name: self._described(name) for name in sorted(self._changes)}
         self.tensors: Mapping[str, TensorInfo] = dict(sorted({**base.tensors, **adapted}.items()))
-        self.notices: Sequence[str] = [note for source in self._sources() for note in source.notices]
+        notices = (note for source in self._sources() for note in source.notices)
+        self.notices: Sequence[str] = [
+            *notices,
+            *(note for adapter in self._adapters for note in unused(adapter, base)),
+        ]
         self._chains: OrderedDict[str, list[tuple[float, list[Step]]]] = OrderedDict()
         self._locks: dict[str, threading.Lock] = {}
         self._guard = threading.Lock()

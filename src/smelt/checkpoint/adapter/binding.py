@@ -13,10 +13,11 @@ import numpy as np
 
 from ...errors import InputRejected, show
 from ..base import Checkpoint, TensorInfo
+from .kohya import KIND, FlatNames, part_of, parts_without
 from .layouts import Rename, experts_apart, has_transposed_experts, is_transposed_layer, renames
 from .reading import Adapter
 from .steps import Floats, Multiply, NewRows, Norms, Offset, Outer, ProductOfTwo, Products, Step
-from .updates import Hadamard, Kronecker, LowRank, Product, Rows, Saved, Scaled, Update
+from .updates import Hadamard, Kronecker, LowRank, Product, Rows, Saved, Scaled, Shards, Tucker, Update
 
 Shape = tuple[int, ...]
 
@@ -37,7 +38,7 @@ def bind(adapter: Adapter, base: Checkpoint) -> Changes:
     """What happens to which tensor of the base, in order. InputRejected with all that does not fit."""
     binder = _Binder(adapter, base)
     found: dict[str, list[Change]] = defaultdict(list)
-    for update in adapter.updates:
+    for update in binder.wanted():
         try:
             for name, change in binder.changes(update):
                 found[name].append(change)
@@ -47,11 +48,21 @@ def bind(adapter: Adapter, base: Checkpoint) -> Changes:
     return dict(found)
 
 
+def unused(adapter: Adapter, base: Checkpoint) -> list[str]:
+    """What an adapter holds for parts of a pipeline that the base is not."""
+    wanted = set(map(id, _Binder(adapter, base).wanted()))
+    others = sorted({part_of(update.target) for update in adapter.updates if id(update) not in wanted})
+    return [
+        f"{adapter.label}: what it holds for {show(part)} is not used, the base has no such part" for part in others
+    ]
+
+
 class _Binder:
     def __init__(self, adapter: Adapter, base: Checkpoint) -> None:
         self._file, self._label, self._base = adapter.file, adapter.label, base
         self._shapes: dict[str, Shape] = {name: info.shape for name, info in base.tensors.items()}
-        self._rename = self._best_rename(adapter)
+        self._updates = adapter.updates
+        self._rename: Rename = FlatNames(self._shapes) if adapter.kind == KIND else self._best_rename(adapter)
         self.problems: list[str] = []
 
     def _best_rename(self, adapter: Adapter) -> Rename:
@@ -59,6 +70,12 @@ class _Binder:
         wanted = [update for update in adapter.updates if not isinstance(update, Saved)]
         ways = list(renames(self._shapes))
         return next((way for way in ways if all(self._exists(way, update) for update in wanted)), ways[0])
+
+    def wanted(self) -> list[Update]:
+        """All updates, but for those of parts of a pipeline that are no part of the base."""
+        found = {update.target: self._exists(self._rename, update) for update in self._updates}
+        others = set(parts_without(found, found)) if isinstance(self._rename, FlatNames) else set()
+        return [update for update in self._updates if part_of(update.target) not in others]
 
     def _exists(self, rename: Rename, update: Update) -> bool:
         return rename(update.target) in self._shapes or bool(self._apart(rename, update, 0))
@@ -175,6 +192,23 @@ class _Binder:
     def _offset(self, values: TensorInfo, scale: float) -> Step:
         return Offset(self.floats(values), scale)
 
+    def _shards(self, name: str, update: Shards) -> Iterator[tuple[str, Change]]:
+        pieces = update.index_a.count // update.rank
+        sizes = update.pool_b.shape[0] * pieces, update.pool_a.shape[1] * pieces
+        told = bool(is_transposed_layer(update.module, self._base.config))
+        swapped = self._oriented(name, update.pool_a, sizes, told)
+        yield name, Change(partial(self._gathered, update, swapped))
+
+    def _gathered(self, update: Shards, swapped: bool) -> Step:
+        """The ordinary factors that the shards make up."""
+        index_a, index_b = (self._file[info.name].astype(np.int64) for info in (update.index_a, update.index_b))
+        right = self.floats(update.pool_a)[index_a].reshape(update.rank, -1)
+        columns = self.floats(update.pool_b)[:, index_b].reshape(update.pool_b.shape[0], update.rank, -1)
+        left = columns.transpose(2, 0, 1).reshape(-1, update.rank)
+        if swapped:
+            left, right = right.T, left.T
+        return Products(_stack(left), _stack(right), update.scaling)
+
     # --- the other kinds ----------------------------------------------------------------------------------
 
     def _hadamard(self, name: str, update: Hadamard) -> Iterator[tuple[str, Change]]:
@@ -194,8 +228,26 @@ class _Binder:
         a, b = self.floats(product.a), self.floats(product.b)
         if product.core is None:
             return _contiguous(a), _contiguous(b)
-        core = np.einsum("ij...,jr->ir...", self.floats(product.core), b)
+        core = _contracted(self.floats(product.core), 1, b.T)
         return _contiguous(a.T), _contiguous(core.reshape(len(core), -1))
+
+    def _tucker(self, name: str, update: Tucker) -> Iterator[tuple[str, Change]]:
+        shape = self._shapes[name]
+        inputs, outputs, *kernel = (factor.shape[0] for factor in update.factors)
+        fits = {False: (outputs, inputs, *kernel) == shape, True: (inputs, outputs, *kernel) == shape}
+        if not any(fits.values()):
+            raise self._unfit(name, update.core, (outputs, inputs, *kernel))
+        told = bool(is_transposed_layer(update.module, self._base.config))
+        yield name, Change(partial(self._core_times_factors, update, told if fits[told] else fits[True]))
+
+    def _core_times_factors(self, update: Tucker, swapped: bool) -> Step:
+        """The factor of the first axis of the tensor, and all others put into the core."""
+        first, second = (0, 1) if swapped else (1, 0)
+        core = self.floats(update.core)
+        for axis in (*range(2, len(update.factors)), second):
+            core = _contracted(core, axis, self.floats(update.factors[axis]))
+        core = np.moveaxis(core, first, 0)
+        return Products(_stack(self.floats(update.factors[first])), _stack(core.reshape(len(core), -1)), update.scaling)
 
     def _kronecker(self, name: str, update: Kronecker) -> Iterator[tuple[str, Change]]:
         shape, (a, b), (c, d) = self._shapes[name], _size_of(update.left), _size_of(update.right)
@@ -211,9 +263,7 @@ class _Binder:
         if product.whole is not None:
             return self.floats(product.whole).reshape(product.whole.shape[0], -1)
         left, right = self._factors(product)
-        made = np.zeros((len(left), right.shape[1]), np.float32)
-        Products(_stack(left), _stack(right), 1.0).apply(0, made.reshape(-1))
-        return made
+        return _product(left, right)
 
     def _scaled(self, name: str, update: Scaled) -> Iterator[tuple[str, Change]]:
         shape, count = self._shapes[name], update.vector.count
@@ -262,7 +312,7 @@ class _Binder:
 
 _KINDS: Mapping[type[Update], Callable[[_Binder, str, Any], Iterator[tuple[str, Change]]]] = {
     LowRank: _Binder._low_rank, Hadamard: _Binder._hadamard, Kronecker: _Binder._kronecker,
-    Scaled: _Binder._scaled, Rows: _Binder._rows,
+    Scaled: _Binder._scaled, Rows: _Binder._rows, Tucker: _Binder._tucker, Shards: _Binder._shards,
 }  # fmt: skip
 
 
@@ -280,6 +330,19 @@ def _size_of(product: Product) -> tuple[int, int]:
 def _contiguous(values: Any) -> Floats:
     found: Floats = np.ascontiguousarray(values, np.float32)
     return found
+
+
+def _product(left: Floats, right: Floats) -> Floats:
+    made = np.zeros((len(left), right.shape[1]), np.float32)
+    Products(_stack(left), _stack(right), 1.0).apply(0, made.reshape(-1))
+    return made
+
+
+def _contracted(core: Floats, axis: int, factor: Floats) -> Floats:
+    """The core with one axis of ranks multiplied by a factor (size, rank), which makes it one of that size."""
+    moved = np.moveaxis(core, axis, -1)
+    made = _product(_contiguous(moved.reshape(-1, moved.shape[-1])), factor.T)
+    return np.moveaxis(made.reshape(*moved.shape[:-1], len(factor)), -1, axis)
 
 
 def _stack(matrix: Floats) -> Floats:

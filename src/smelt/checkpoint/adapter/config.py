@@ -36,6 +36,8 @@ _USED = {
     "LOKR": {"r", "alpha", "rank_pattern", "alpha_pattern", "modules_to_save"},
     "IA3": {"fan_in_fan_out", "modules_to_save"},
     "TRAINABLE_TOKENS": {"token_indices"},
+    "FLORA": {"r", "scale", "modules_to_save"},
+    "MOS": {"r", "lora_alpha", "equivalent_rank", "private_rank", "shards_per_vector"},
 }  # fmt: skip
 
 #: Starts of LoRA that leave the base as it is. The others subtract the start from it, so that the adapter means
@@ -80,15 +82,27 @@ class Config:
     def rank(self, module: str) -> int:
         """r of a module, after rank_pattern."""
         value = self._resolved("rank_pattern", "r", module)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if type(value) is not int or value < 1:
             raise InputRejected(f"{self.where}: the rank of {show(module)} is {brief(value)}, expected 1 or more")
         return value
 
+    def count(self, key: str, least: int = 1) -> int:
+        value = self.content.get(key)
+        if type(value) is not int or value < least:
+            raise InputRejected(f"{self.where}: {key} is {brief(value)}, expected a whole number of {least} or more")
+        return value
+
+    def number(self, key: str) -> float:
+        value: Any = self.content.get(key)
+        if not _is_number(value):
+            raise InputRejected(f"{self.where}: {key} is {brief(value)}, expected a number but 0")
+        return float(value)
+
     def scaling(self, module: str) -> float:
         """alpha / r of a module, or alpha / sqrt(r) with use_rslora, both after their patterns."""
-        key = "lora_alpha" if self.kind == "LORA" else "alpha"
+        key = "lora_alpha" if self.kind in ("LORA", "MOS") else "alpha"
         alpha = self._resolved("alpha_pattern", key, module)
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not isfinite(alpha) or alpha == 0:
+        if not _is_number(alpha):
             raise InputRejected(f"{self.where}: {key} of {show(module)} is {brief(alpha)}, expected a number but 0")
         rank = self.rank(module)
         return float(alpha) / (sqrt(rank) if self.flag("use_rslora") else rank)
@@ -123,6 +137,11 @@ class Config:
             return re.compile(rf"(.*\.)?({pattern})$")
         except re.error as error:
             raise InputRejected(f"{self.where}: {key}: {show(pattern)} is no regular expression: {error}") from None
+
+
+def _is_number(value: Any) -> bool:
+    """Finite and not 0: an adapter times 0 is none."""
+    return type(value) in (int, float) and isfinite(value) and value != 0
 
 
 def is_part(name: str, end: str) -> bool:

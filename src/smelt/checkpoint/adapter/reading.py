@@ -13,6 +13,8 @@ from ...kernels.dtypes import DTYPES
 from ..base import Checkpoint, TensorInfo
 from ..folder import FolderCheckpoint
 from .config import Config, checked, is_part, read_config
+from .flora import PART, tuckers
+from .mos import INDEX, POOL, shards
 from .updates import Hadamard, Kronecker, LowRank, Product, Rows, Saved, Scaled, Update
 
 _PREFIX = "base_model.model."
@@ -26,6 +28,10 @@ _PARTS = {
     "LOKR": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
     "IA3": ("ia3_l",),
     "TRAINABLE_TOKENS": (),
+    "FLORA": (),
+    "MOS": (),
+    "KOHYA": ("lora_A.weight", "lora_B.weight", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1",
+              "hada_t2", "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
 }  # fmt: skip
 _TOKENS = ("token_adapter.trainable_tokens_delta", "trainable_tokens_delta")
 
@@ -67,7 +73,7 @@ def read_adapter(folder: Path, label: str | None = None, revision: str | None = 
     config = read_config(folder)
     file = FolderCheckpoint(folder, label, revision, adapter=True)
     try:
-        return _understood(file, config)
+        return understood(file, config)
     except BaseException:
         file.close()
         raise
@@ -75,28 +81,37 @@ def read_adapter(folder: Path, label: str | None = None, revision: str | None = 
 
 def parse(file: Checkpoint, config: Mapping[str, Any]) -> Adapter:
     """As :func:`read_adapter`, of tensors that are open already and the content of their config."""
-    return _understood(file, checked(config, f"{file.label}: adapter config"))
+    return understood(file, checked(config, f"{file.label}: adapter config"))
 
 
-def _understood(file: Checkpoint, config: Config) -> Adapter:
-    return Adapter(file, config, tuple(_Reader(file, config).updates()))
+def understood(file: Checkpoint, config: Config, tensors: Parts | None = None) -> Adapter:
+    """``tensors``: those of the file as PEFT would call them, without its prefix."""
+    if tensors is None:
+        tensors = {name.removeprefix(_PREFIX): info for name, info in file.tensors.items()}
+    return Adapter(file, config, tuple(_Reader(file, config, tensors).updates()))
 
 
 class _Reader:
     """Sorts the tensors of a file by module and gives each its meaning."""
 
-    def __init__(self, file: Checkpoint, config: Config) -> None:
-        self._label = file.label
-        self._config = config
+    def __init__(self, file: Checkpoint, config: Config, tensors: Parts) -> None:
+        self._file, self._label, self._config = file, file.label, config
         self._modules: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
         self._whole: dict[str, TensorInfo] = {}
-        for info in file.tensors.values():
-            self._place(info)
+        self._tuckers: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
+        self._pooled: dict[str, TensorInfo] = {}
+        for name, info in tensors.items():
+            self._place(name, info)
 
-    def _place(self, info: TensorInfo) -> None:
-        name = info.name.removeprefix(_PREFIX)
+    def _place(self, name: str, info: TensorInfo) -> None:
+        if self._config.kind == "MOS" and name.startswith((*INDEX, POOL)):
+            self._pooled[name] = info
+            return
         if not DTYPES[info.dtype].arithmetic:
             raise InputRejected(f"{self._label}: tensor {show(info.name)} is {info.dtype}, expected floating numbers")
+        if self._config.kind == "FLORA" and (match := PART.fullmatch(name)):
+            self._tuckers[match[1]][match[2]] = info
+            return
         for part in (*_PARTS[self._config.kind], *_TOKENS):
             if name.endswith("." + part):
                 self._modules[name.removesuffix("." + part)][part] = info
@@ -106,7 +121,10 @@ class _Reader:
     def updates(self) -> Iterator[Update]:
         problems: list[str] = []
         saved: list[Update] = [*self._saved(problems)]
-        found: list[Update] = []
+        found: list[Update] = [
+            *tuckers(self._file, self._tuckers, self._config),
+            *shards(self._file, self._pooled, self._config),
+        ]
         for module in sorted(self._modules):
             try:
                 found += self._of_module(module, self._modules[module])
@@ -148,8 +166,11 @@ class _Reader:
         if "lora_embedding_A" in rest or "lora_embedding_B" in rest:
             yield self._embedding(module, rest)
         elif rest:
-            makers = {"LORA": self._low_rank, "LOHA": self._hadamard, "LOKR": self._kronecker, "IA3": self._scaled}
-            yield makers[self._config.kind](module, rest)
+            kind = next(iter(rest))[:4]
+            makers = {"lora": self._low_rank, "hada": self._hadamard, "lokr": self._kronecker, "ia3_": self._scaled}
+            if any(not name.startswith(kind) for name in rest):
+                raise InputRejected(f"{self._label}: {show(module)} has factors of two kinds: {', '.join(rest)}")
+            yield makers[kind](module, rest)
 
     def _rows(self, module: str, values: TensorInfo) -> Update:
         rows = self._config.tokens(module)

@@ -107,6 +107,35 @@ class Kronecker(Update):
 
 
 @dataclass(frozen=True)
+class Tucker(Update):
+    """FLoRA: ``delta = scaling * core x_0 factors[0] x_1 factors[1] ...`` with the axes (in, out, kernel...).
+
+    factors: (size of the axis, rank), one per axis of the core. number: where the file keeps ``scaling``.
+    """
+
+    core: TensorInfo
+    factors: tuple[TensorInfo, ...]
+    scaling: float
+    number: TensorInfo | None = None
+
+
+@dataclass(frozen=True)
+class Shards(Update):
+    """MoS: LoRA whose A and B are put together from shards of pools.
+
+    pool_a (shards, in / n), pool_b (out / n, shards); index_a, index_b (r n): row j of A is the n rows of its pool
+    at j n ..., one after the other; so is column j of B of columns.
+    """
+
+    pool_a: TensorInfo
+    pool_b: TensorInfo
+    index_a: TensorInfo
+    index_b: TensorInfo
+    rank: int
+    scaling: float
+
+
+@dataclass(frozen=True)
 class Scaled(Update):
     """(IA)^3 (Liu et al., 2022): columns (``inputs``) or rows of the weight are multiplied by a vector.
 
