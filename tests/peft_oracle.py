@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,9 @@ def make(name: str, folder: Path) -> None:
         for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
-    adapted.save_pretrained(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted.save_pretrained(folder)
     merged = adapted.merge_and_unload().state_dict()
     changed = {key: value.contiguous() for key, value in merged.items() if not torch.equal(value, before[key])}
     save_file(changed, folder / "merged.safetensors")

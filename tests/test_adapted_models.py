@@ -23,12 +23,12 @@ from smelt.checkpoint.adapter import Adapter, parse, read_adapter, read_flat
 from smelt.cli import main
 from smelt.errors import InputRejected
 from tests import peft_oracle
+from tests.lora import QUERY, factors, written
 from tests.peft_oracle import LORA, OTHERS, RECORDED
 from tests.recipes import Family, recipe
 from tests.small_models import CONFIG, LAYERS, Arrays
 
 CASES = (*LORA, *OTHERS)
-QUERY, VALUE = "self_attn.q_proj", "self_attn.v_proj"
 
 
 def base() -> Checkpoint:
@@ -143,14 +143,6 @@ def test_factors_of_several_adapters_stand_side_by_side() -> None:
 def lora(names: Mapping[str, tuple[int, int]], **more: Any) -> Adapter:
     """A LoRA of rank 2 on modules of these outputs and inputs."""
     return parse(smelt.load(factors(names, 0)), {"peft_type": "LORA", "r": 2, "lora_alpha": 4, **more})
-
-
-def factors(names: Mapping[str, tuple[int, int]], seed: int) -> Arrays:
-    random, found = np.random.default_rng(seed), {}
-    for name, (outputs, inputs) in names.items():
-        found[f"base_model.model.{name}.lora_A.weight"] = random.standard_normal((2, inputs)).astype(np.float32)
-        found[f"base_model.model.{name}.lora_B.weight"] = random.standard_normal((outputs, 2)).astype(np.float32)
-    return found
 
 
 @pytest.mark.parametrize(
@@ -279,21 +271,6 @@ def test_a_transposed_layer_is_told_by_its_family_where_the_shape_does_not() -> 
 
 
 # --- the front door -------------------------------------------------------------------------------------
-
-
-def shapes_of(module: str) -> tuple[int, int]:
-    rows, columns = {"q": (64, 64), "v": (32, 64)}[module.rpartition(".")[2][0]]
-    return rows, columns
-
-
-def written(folder: Path, seed: int, **config: Any) -> Path:
-    """An adapter of the family's base on disk."""
-    modules = [f"model.layers.{layer}.{part}" for layer in range(LAYERS) for part in (QUERY, VALUE)]
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(factors({m: shapes_of(m) for m in modules}, seed), folder / "adapter_model.safetensors")
-    content = {"peft_type": "LORA", "r": 2, "lora_alpha": 0.02, "base_model_name_or_path": "/etc/../etc/passwd"}
-    (folder / "adapter_config.json").write_text(json.dumps({**content, **config}))
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from math import sqrt
@@ -10,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 import smelt
@@ -106,7 +109,7 @@ BAD: list[tuple[str, dict[str, Any], object, str]] = [
     ("a base that was changed", FACTORS, {**CONFIG, "init_lora_weights": "pissa"}, "'pissa', which changed the base"),
     ("integers", {A: np.ones((2, 6), np.int32), B: FACTORS[B]}, CONFIG, "is I32, expected floating numbers"),
     ("FLoRA without a factor", {"x.param_0": FACTORS[A], "x.param_G": CORE}, FLORA,
-     "'x' has .*, expected param_G and a param_ for each"),
+     "'x' has .*, expected param_G and a param_ per axis"),
     ("FLoRA of another rank", {"x.param_0": FACTORS[A], "x.param_1": FACTORS[B], "x.param_G": CORE}, FLORA,
      r"param_1' is \[6, 2\], beside a core \[6, 3\]"),
     ("MoS without tables", {"pool.q.lora_A.weight": FACTORS[A]}, MOS, "is not understood: no module uses it"),
@@ -128,6 +131,21 @@ def test_a_bad_adapter_is_refused_in_one_line(
     with pytest.raises(InputRejected, match=message) as caught:
         read_adapter(put(tmp_path / "adapter", tensors, config))
     assert all("\n" not in problem for problem in caught.value.problems)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 9) | st.floats() | st.text("q.*(+[\\", max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["q", "layers.0.q", "(", "x"]), inner),
+    max_leaves=4,
+)
+
+
+@given(st.sampled_from(CASES), st.data())
+def test_a_config_of_anything_is_taken_or_refused(case: str, data: st.DataObject) -> None:
+    config = json.loads((RECORDED / case / "adapter_config.json").read_text())
+    key = data.draw(st.sampled_from(sorted(config)))
+    with read_adapter(RECORDED / case).file as file, contextlib.suppress(InputRejected):
+        parse(file, {**config, key: data.draw(json_values)})
 
 
 def test_an_adapter_without_config_is_refused(tmp_path: Path) -> None:

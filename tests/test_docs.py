@@ -25,6 +25,7 @@ from docs import generate
 import smelt
 from smelt import methods
 from smelt.cli import main
+from tests.lora import written
 from tests.small_models import TOKENS, bf16, fine_tuned, llama, save
 
 ROOT = Path(__file__).parents[1]
@@ -57,6 +58,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save(folder / "models" / "base", bf16(base), tokens=TOKENS)
     for seed, name in enumerate(("code", "prose", "roman"), 1):
         save(folder / "models" / name, bf16(fine_tuned(base, seed, 0.005)), tokens=TOKENS)
+        written(folder / "models" / f"{name}-lora", seed)
     return folder
 
 
@@ -134,7 +136,7 @@ def test_recipes_of_the_manual_can_be_planned(block: Block, here: Path) -> None:
 
 MODELS = "models: [{model: m, parameters: {weight: 1}}]"
 REFUSED = {
-    "adapters": "models: [{model: m+a, parameters: {weight: 1}}]",
+    "adapters of statistics": "models: [{model: m, statistics: s+a, parameters: {weight: 1}}]",
     "override_architecture": "models: [{model: {model: m, override_architecture: A}, parameters: {weight: 1}}]",
     "residual_weight": "slices: [{sources: [{model: m, layer_range: [0, 1]}], residual_weight: 0.5}]",
     "holes": f"{MODELS}\nparameters: {{weight: {{search: [0.0, 1.0]}}}}",

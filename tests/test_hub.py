@@ -203,6 +203,9 @@ def test_of_an_adapter_only_its_two_files_are_downloaded(online: Callable[..., l
         open_adapter(ID)
     (download,) = (call for call in asked if "download" in call)
     assert sorted(download["allow_patterns"]) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_a_model_is_not_downloaded_as_an_adapter(online: Callable[..., list[dict[str, Any]]]) -> None:
     online(["model.safetensors"])
     with pytest.raises(smelt.InputRejected, match="it is no adapter"):
         open_adapter(ID)

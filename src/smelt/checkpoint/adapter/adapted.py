@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,26 @@ _KEPT = 32
 _SLAB = 1 << 19
 
 
+class _Entry(NamedTuple):
+    """What one adapter does to one tensor."""
+
+    adapter: Adapter
+    weight: float
+    changes: Sequence[Change]
+
+    @property
+    def stored(self) -> TensorInfo | None:
+        """The adapter's own tensor, where it replaces the base's before anything else is done."""
+        return next((change.value for change in reversed(self.changes) if change.value is not None), None)
+
+    @property
+    def additive(self) -> bool:
+        return all(change.additive for change in self.changes)
+
+
+Chain = Sequence[Sequence[Step]]
+
+
 class AdaptedCheckpoint(Checkpoint):
     """``base + sum weight (adapted by it alone - base)``; one adapter of weight 1 is applied as it is.
 
@@ -45,30 +65,28 @@ class AdaptedCheckpoint(Checkpoint):
         self._adapters = [adapter for adapter, _ in adapters]
         revisions = [source.revision for source in self._sources()]
         self.revision = None if None in revisions else "+".join(map(str, revisions))
-        self._changes: dict[str, list[tuple[Adapter, float, list[Change]]]] = {}
+        self._entries: dict[str, list[_Entry]] = {}
         for adapter, weight in adapters:
             for name, changes in bind(adapter, base).items():
-                self._changes.setdefault(name, []).append((adapter, weight, changes))
-        adapted = {name: self._described(name) for name in sorted(self._changes)}
+                self._entries.setdefault(name, []).append(_Entry(adapter, weight, changes))
+        adapted = {name: self._described(name) for name in sorted(self._entries)}
         self.tensors: Mapping[str, TensorInfo] = dict(sorted({**base.tensors, **adapted}.items()))
         notices = (note for source in self._sources() for note in source.notices)
         self.notices: Sequence[str] = [
             *notices,
             *(note for adapter in self._adapters for note in unused(adapter, base)),
         ]
-        self._chains: OrderedDict[str, list[tuple[float, list[Step]]]] = OrderedDict()
-        self._locks: dict[str, threading.Lock] = {}
+        self._chains: OrderedDict[str, Chain] = OrderedDict()
+        self._locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
         self._guard = threading.Lock()
 
     def _described(self, name: str) -> TensorInfo:
-        base, whole = self.base.tensors.get(name), self._whole(name)
+        base, entries, whole = self.base.tensors.get(name), self._entries[name], self._whole(name)
         if whole is not None:
             return replace(whole, name=name, native=whole.dtype if base is None else base.native)
-        entries = self._changes[name]
-        stored = [change.value for _, _, changes in entries for change in changes if change.value is not None]
-        shapes = {info.shape for info in (*stored, *([base] if base is not None else []))}
-        if len(entries) == 1 and entries[0][1] == 1:
-            shapes = {stored[-1].shape} if stored else shapes
+        shapes = {stored.shape for entry in entries if (stored := entry.stored) is not None}
+        if base is not None and not (shapes and self._alone(name)):
+            shapes.add(base.shape)
         if base is None or len(shapes) > 1:
             raise InputRejected(
                 f"{self.label}: {show(name)} is stored whole by an adapter, and is no sum with what the others hold "
@@ -80,51 +98,56 @@ class AdaptedCheckpoint(Checkpoint):
             )
         return replace(base, dtype="F32", shape=shapes.pop())
 
+    def _alone(self, name: str) -> bool:
+        """Whether a single adapter changes it, as it is."""
+        entries = self._entries[name]
+        return len(entries) == 1 and entries[0].weight == 1
+
     def _whole(self, name: str) -> TensorInfo | None:
         """The adapter's tensor, where nothing is done but to replace the base's by it."""
-        entries = self._changes.get(name, [])
-        if len(entries) == 1 and entries[0][1] == 1 and len(entries[0][2]) == 1:
-            return entries[0][2][0].value
-        return None
+        if name not in self._entries or not self._alone(name):
+            return None
+        entry = self._entries[name][0]
+        return entry.stored if len(entry.changes) == 1 else None
 
     # --- values -------------------------------------------------------------------------------------------
 
     def read(self, name: str, start: int, out: npt.NDArray[Any]) -> None:
         whole = self._whole(name)
-        if name not in self._changes:
+        if name not in self._entries:
             self.base.read(name, start, out)
         elif whole is not None:
-            self._changes[name][0][0].file.read(whole.name, start, out)
-        else:
+            self._entries[name][0].adapter.file.read(whole.name, start, out)
+        elif len(out):
             self._compute(name, start, out)
 
     def _compute(self, name: str, start: int, out: Floats) -> None:
         """Elements start .. start + len(out) of an adapted tensor."""
-        entries, chains = self._changes[name], self._chain(name)
-        if len(entries) == 1 and entries[0][1] == 1:
+        entries, chain = self._entries[name], self._chain(name)
+        if self._alone(name):
             self._begin(name, entries[0], start, out)
-            _apply(chains[0][1], start, out)
+            _apply(chain[0], start, out)
             return
         self._read_floats(self.base, name, start, out)
         unchanged = out.copy()
-        for entry, (weight, steps) in zip(entries, chains, strict=True):
-            if all(change.additive for change in entry[2]):
-                _apply(steps, start, out, weight)
+        for entry, steps in zip(entries, chain, strict=True):
+            if entry.additive:
+                _apply(steps, start, out, entry.weight)
             else:
                 alone = np.empty_like(out)
                 self._begin(name, entry, start, alone)
                 _apply(steps, start, alone)
                 alone -= unchanged
-                alone *= np.float32(weight)
+                alone *= np.float32(entry.weight)
                 out += alone
 
-    def _begin(self, name: str, entry: tuple[Adapter, float, list[Change]], start: int, out: Floats) -> None:
+    def _begin(self, name: str, entry: _Entry, start: int, out: Floats) -> None:
         """What the steps work on: the base's values, or those that the adapter stores whole."""
-        stored = [change.value for change in entry[2] if change.value is not None]
-        if stored:
-            self._read_floats(entry[0].file, stored[-1].name, start, out)
-        else:
+        stored = entry.stored
+        if stored is None:
             self._read_floats(self.base, name, start, out)
+        else:
+            self._read_floats(entry.adapter.file, stored.name, start, out)
 
     def _read_floats(self, source: Checkpoint, name: str, start: int, out: Floats) -> None:
         dtype = DTYPES[source.tensors[name].dtype]
@@ -138,34 +161,32 @@ class AdaptedCheckpoint(Checkpoint):
         else:
             np.copyto(out, dtype.as_values(stored), casting="same_kind")
 
-    def _chain(self, name: str) -> list[tuple[float, list[Step]]]:
+    def _chain(self, name: str) -> Chain:
         """The steps on a tensor by adapter, with their factors; made once while they are in use."""
         with self._guard:
-            if name in self._chains:
-                self._chains.move_to_end(name)
-                return self._chains[name]
-            lock = self._locks.setdefault(name, threading.Lock())
+            lock = self._locks[name]
         with lock:
-            found = self._chains.get(name) or [(entry[1], self._steps(name, entry)) for entry in self._changes[name]]
+            found = self._chains.get(name) or [self._steps(name, entry) for entry in self._entries[name]]
             with self._guard:
                 self._chains[name] = found
+                self._chains.move_to_end(name)
                 if len(self._chains) > _KEPT:
                     self._chains.popitem(last=False)
         return found
 
-    def _steps(self, name: str, entry: tuple[Adapter, float, list[Change]]) -> list[Step]:
+    def _steps(self, name: str, entry: _Entry) -> list[Step]:
         steps: list[Step] = []
-        for change in entry[2]:
+        for change in entry.changes:
             if change.make is not None:
                 step = change.make()
                 steps.append(step.measured(self._slabs(name, entry, steps)) if isinstance(step, Norms) else step)
         return steps
 
-    def _slabs(self, name: str, entry: tuple[Adapter, float, list[Change]], steps: list[Step]) -> Iterator[Floats]:
+    def _slabs(self, name: str, entry: _Entry, steps: Sequence[Step]) -> Iterator[Floats]:
         """All values as they are after ``steps``, in whole rows."""
         shape = self.tensors[name].shape
-        width, count = prod(shape[1:]), prod(shape)
-        size = max(1, _SLAB // max(1, width)) * width
+        width, count = max(1, prod(shape[1:])), prod(shape)
+        size = max(1, _SLAB // width) * width
         out = np.empty(min(size, count), np.float32)
         for start in range(0, count, size):
             part = out[: count - start]
@@ -180,14 +201,15 @@ class AdaptedCheckpoint(Checkpoint):
         if name not in self.base.tensors or not DTYPES[info.dtype].arithmetic:
             return None
         rows, columns = info.shape[0] if info.shape else 1, prod(info.shape[1:])
-        if name not in self._changes:
+        entries = self._entries.get(name, ())
+        if not entries:
             return Factors(np.empty((rows, 0), np.float32), np.empty((0, columns), np.float32), 1.0)
-        if not all(change.additive for _, _, changes in self._changes[name] for change in changes):
+        if not all(entry.additive for entry in entries):
             return None
-        steps = [(weight, step) for weight, steps in self._chain(name) for step in steps]
-        if not all(isinstance(step, Products) and len(step.left) == 1 for _, step in steps):
-            return None
-        return _joined([(weight * step.scale, step) for weight, step in steps if isinstance(step, Products)])
+        pairs = zip(entries, self._chain(name), strict=True)
+        steps = [(entry.weight, step) for entry, steps in pairs for step in steps]
+        products = [(weight * step.scale, step) for weight, step in steps if isinstance(step, Products)]
+        return _joined(products) if all(isinstance(s, Products) and len(s.left) == 1 for _, s in steps) else None
 
     def files(self) -> list[FileIdentity]:
         found = {file.path: file for source in self._sources() for file in source.files()}

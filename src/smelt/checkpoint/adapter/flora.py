@@ -24,15 +24,12 @@ def tuckers(file: Checkpoint, modules: Mapping[str, Mapping[str, TensorInfo]], c
         wanted = [] if core is None else [f"param_{axis}" for axis in range(len(core.shape))]
         if core is None or set(wanted) != parts.keys() - {"param_G", "scale"} or len(wanted) < 2:
             names = ", ".join(sorted(parts))
-            raise InputRejected(
-                f"{file.label}: {show(module)} has {names}, expected param_G and a param_ for each axis"
-            )
+            raise InputRejected(f"{file.label}: {show(module)} has {names}, expected param_G and a param_ per axis")
         factors = tuple(parts[name] for name in wanted)
         for size, factor in zip(core.shape, factors, strict=True):
             if len(factor.shape) != 2 or factor.shape[1] != size:
-                raise InputRejected(
-                    f"{file.label}: tensor {show(factor.name)} is {list(factor.shape)}, beside a core {list(core.shape)}"
-                )
+                shapes = f"{list(factor.shape)}, beside a core {list(core.shape)}"
+                raise InputRejected(f"{file.label}: tensor {show(factor.name)} is {shapes}")
         yield Tucker(module, core, factors, _scale(file, parts, config), parts.get("scale"))
 
 
