@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @json_option
 @common
 def command(model: str, tensors: bool, roles: bool, stats: bool, as_json: bool) -> None:
-    """Tell what MODEL (a folder, a file, a hub id, a URL, base+adapter, an adapter) holds, from its headers and config."""
+    """Tell what MODEL (a folder, file, hub id or URL; base+adapter; an adapter) holds, from its headers and config."""
     from ..checkpoint import AdapterGiven, load
     from ..diagnosis.contents import contents, tensor_rows
     from ..diagnosis.layers import structure_of

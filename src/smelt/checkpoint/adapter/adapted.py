@@ -61,7 +61,7 @@ class AdaptedCheckpoint(Checkpoint):
 
     def __init__(self, base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], label: str) -> None:
         self.label, self.base = label, base
-        self.config, self.folder, self.metadata = base.config, base.folder, base.metadata
+        self.config, self.folder, self.metadata, self.scratch = base.config, base.folder, base.metadata, base.scratch
         self._adapters = [adapter for adapter, _ in adapters]
         revisions = [source.revision for source in self._sources()]
         self.revision = None if None in revisions else "+".join(map(str, revisions))
@@ -79,6 +79,15 @@ class AdaptedCheckpoint(Checkpoint):
         self._chains: OrderedDict[str, Chain] = OrderedDict()
         self._locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
         self._guard = threading.Lock()
+        self._stripped = False
+
+    @property
+    def side_files(self) -> Mapping[str, bytes]:
+        return {} if self._stripped else self.base.side_files
+
+    def strip(self) -> None:
+        super().strip()
+        self._stripped = True
 
     def _described(self, name: str) -> TensorInfo:
         base, entries, whole = self.base.tensors.get(name), self._entries[name], self._whole(name)
