@@ -75,6 +75,8 @@ def open_adapter(source: str | Path | Adapter, revision: str | None = None) -> A
     if isinstance(source, Adapter):
         return source
     text = str(source)
+    if is_url(text):
+        raise InputRejected(f"{show(text, 1000)}: an adapter is not read from a URL: download it and give its folder")
     path = _path(text)
     if storage.exists(path):
         return _adapter_at(_without_revision(path, revision), text)
