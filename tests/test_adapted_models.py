@@ -251,6 +251,7 @@ def test_parts_of_a_pipeline_that_the_base_is_not_are_left_out_aloud() -> None:
     ("extra", "message"),
     [
         ({"lora_unet_conv.dora_scale": np.ones(6, np.float32)}, r"'lora_unet_conv\.dora_scale' is not understood"),
+        ({"lora_unet_none.alpha": np.ones((), np.float32)}, r"'lora_unet_none\.alpha' is not understood"),
         ({"lora_unet_conv.alpha": np.zeros((), np.float32)}, r"'lora_unet_conv\.alpha' \[\] is no alpha"),
         ({"lora_unet_conv.hada_w1_a": np.ones((6, 2), np.float32)}, "has factors of two kinds"),
     ],

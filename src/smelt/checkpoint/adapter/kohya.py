@@ -32,6 +32,9 @@ _ALPHA = ".alpha"
 #: The factor whose first axis is the rank.
 _RANKED = ("lora_A.weight", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
 
+#: Where a module's name ends.
+_FACTOR = re.compile(r"\.(lora_|hada_|lokr_)")
+
 #: Which part of a pipeline a module belongs to.
 _PART = re.compile(r"(?:lora_|lycoris_)?(unet|te\d?|transformer|prior|text_encoder(?:_\d)?)[._]")
 
@@ -59,10 +62,16 @@ def read_flat(file: Checkpoint) -> Adapter:
             alphas[name.removesuffix(_ALPHA)] = _number(file, info)
         else:
             tensors[_respelt(name)] = info
-    alphas |= _from_metadata(file, {name.partition(".lora_A.")[0] for name in tensors})
+    modules = {name[: match.start()] for name in tensors if (match := _FACTOR.search(name))}
+    InputRejected.gather(
+        f"{file.label}: tensor {show(name + _ALPHA)} is not understood: its module has no factors"
+        for name in sorted(alphas.keys() - modules)
+    )
+    alphas |= _from_metadata(file, modules)
     ranks = {name.removesuffix("." + part): info.shape[0] for name, info in tensors.items() for part in _RANKED
              if name.endswith("." + part) and info.shape}  # fmt: skip
-    return understood(file, FlatConfig(file.label, {"peft_type": KIND}, ranks, alphas), tensors)
+    beside = [name for name in file.tensors if name.endswith(_ALPHA)]
+    return understood(file, FlatConfig(file.label, {"peft_type": KIND}, ranks, alphas), tensors, beside)
 
 
 def _respelt(name: str) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,11 +84,22 @@ def parse(file: Checkpoint, config: Mapping[str, Any]) -> Adapter:
     return understood(file, checked(config, f"{file.label}: adapter config"))
 
 
-def understood(file: Checkpoint, config: Config, tensors: Parts | None = None) -> Adapter:
-    """``tensors``: those of the file as PEFT would call them, without its prefix."""
+def understood(file: Checkpoint, config: Config, tensors: Parts | None = None, beside: Collection[str] = ()) -> Adapter:
+    """``tensors``: those of the file as PEFT would call them, without its prefix. ``beside``: what is known of it."""
     if tensors is None:
         tensors = {name.removeprefix(_PREFIX): info for name, info in file.tensors.items()}
-    return Adapter(file, config, tuple(_Reader(file, config, tensors).updates()))
+    updates = tuple(_Reader(file, config, tensors).updates())
+    InputRejected.gather(_left_over(file, updates, beside))
+    return Adapter(file, config, updates)
+
+
+def _left_over(file: Checkpoint, updates: Sequence[Update], beside: Collection[str]) -> Iterator[str]:
+    """Tensors that no update takes, and those that say the same as another."""
+    used = {tensor.name for update in updates for tensor in update.tensors()}
+    for name in sorted(file.tensors.keys() - used - set(beside)):
+        yield f"{file.label}: tensor {show(name)} is not understood beside the others of its module"
+    whole = Counter(update.target for update in updates if isinstance(update, Saved))
+    yield from (f"{file.label}: {show(name)} is stored {n} times" for name, n in whole.items() if n > 1)
 
 
 class _Reader:
