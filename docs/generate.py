@@ -156,7 +156,7 @@ _EXIT_CODES = (
     ("2", "the recipe or the command is wrong"),
     ("3", "an input is rejected: malformed, unsafe, or it does not fit the others"),
     ("70", "a bug in smelt: please report it"),
-    ("130, 143", "interrupted (SIGINT, SIGTERM); nothing is left behind"),
+    ("129, 130, 143", "ended by SIGHUP, SIGINT or SIGTERM; nothing is left behind, unless `--resume` was given"),
 )
 
 

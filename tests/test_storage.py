@@ -128,7 +128,9 @@ def test_hints_never_fail(tmp_path: Path) -> None:
 CALLS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "open_read": ("open", storage.open_read),
     "listdir": ("listdir", storage.listdir),
-    "mkdir": ("mkdir", storage.mkdir),
+    "ensure_folder": ("mkdir", storage.ensure_folder),
+    "lock_folder": ("mkdir", lambda path: storage.lock_folder(path, b"")),
+    "reopen": ("open", lambda path: storage.reopen(path, 0)),
     "identity": ("stat", storage.identity),
     "free_bytes": ("statvfs", storage.free_bytes),
     "fsync_directory": ("fsync", storage.fsync_directory),

@@ -2,6 +2,7 @@
 
     SmeltError                 anything a caller may want to catch
     |- OperationFailed         exit 1: I/O, disk full, verification mismatch, non-finite result
+    |   `- SyncFailed          exit 1: data that was written may be lost
     |- UsageError              exit 2: the recipe or the command is wrong
     |   `- MissingExtra        exit 2: an optional dependency is not installed
     `- InputRejected           exit 3: an input is malformed, incompatible or unsafe
@@ -51,6 +52,10 @@ class OperationFailed(SmeltError):
     """The operation itself failed: I/O, no space, mismatch on verify, a non-finite value."""
 
     exit_code = 1
+
+
+class SyncFailed(OperationFailed):
+    """fsync failed: pages that it spoke of may be gone although they read well, so nothing of the file can be kept."""
 
 
 class UsageError(SmeltError):

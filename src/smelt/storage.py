@@ -22,10 +22,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .errors import InputRejected, OperationFailed, show
+from .errors import InputRejected, OperationFailed, SyncFailed, show
 
 #: Linux moves at most this many bytes per read or write call.
 _MOST = 0x7FFFF000
+
+#: The file in a folder of work that its owner holds a lock on.
+LOCK = "smelt.lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +209,37 @@ def create(path: Path, size: int = 0) -> int:
     return descriptor
 
 
+def reopen(path: Path, size: int) -> int:
+    """A file that an earlier run left, brought to ``size`` allocated bytes; as :func:`create` where it is gone."""
+    with _told("open", path):
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return create(path, size)
+    try:
+        with _told("resize", path):
+            os.ftruncate(descriptor, size)
+        _allocate(descriptor, size, path)
+    except BaseException:
+        close(descriptor)
+        raise
+    return descriptor
+
+
+def append(descriptor: int, data: bytes, path: Path) -> None:
+    """Write at the end of a file, and wait until it is on the disk."""
+    with _told("look at", path):
+        end = os.fstat(descriptor).st_size
+    pwrite_all(descriptor, memoryview(data), end, path)
+    fsync(descriptor, path)
+
+
+def truncate(descriptor: int, size: int, path: Path) -> None:
+    """Cut an open file to its first ``size`` bytes."""
+    with _told("cut", path):
+        os.ftruncate(descriptor, size)
+
+
 def unnamed(folder: Path) -> int:
     """A new file in ``folder`` without a name, for what does not fit into memory: gone when it is closed."""
     with _told("make a scratch file in", folder):
@@ -229,19 +263,21 @@ def _allocate(descriptor: int, size: int, path: Path) -> None:
 
 
 def fsync(descriptor: int, path: object = "file") -> None:
-    """Wait until the file is on the disk. A failure is final: its pages may be lost."""
-    with _told("sync", path):
+    """Wait until the file is on the disk. A failure is final, as :class:`SyncFailed` says."""
+    try:
         os.fsync(descriptor)
+    except OSError as error:
+        raise SyncFailed(f"cannot sync {shown(path)}: {error.strerror or error}") from error
 
 
 def fsync_directory(path: Path) -> None:
     """Wait until the names in a folder are on the disk."""
-    with _told("sync", path):
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    with _told("open", path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fsync(descriptor, path)
+    finally:
+        close(descriptor)
 
 
 def start_writeback(descriptor: int, offset: int, length: int) -> None:
@@ -258,9 +294,9 @@ def advise_willneed(descriptor: int, offset: int, length: int) -> None:
             os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_WILLNEED)
 
 
-def mkdir(path: Path) -> None:
-    """Make one new folder. OperationFailed when it exists."""
-    with _told("make the folder", path):
+def ensure_folder(path: Path) -> None:
+    """Make one folder unless it is there."""
+    with _told("make the folder", path), contextlib.suppress(FileExistsError):
         os.mkdir(path, 0o777)
 
 
@@ -270,39 +306,138 @@ def make_folders(path: Path) -> None:
         os.makedirs(path, mode=0o700, exist_ok=True)
 
 
-def publish_directory(staging: Path, destination: Path) -> None:
-    """Give a finished folder its name, at once, never over another; then sync the parent.
+def lock_folder(folder: Path, note: bytes) -> int | None:
+    """Make a folder unless it is there, and take its lock: a descriptor, or None while another process has it.
 
-    Linux: renameat2 with RENAME_NOREPLACE. Elsewhere a check and a rename, with a window between them in
-    which another process could create the destination; an empty one is then replaced, a full one refused.
+    The lock ends with the process, however that ends. ``note`` says in the lock's file who has it.
+    """
+    while True:
+        ensure_folder(folder)
+        descriptor = _open_lock(folder)
+        if descriptor is None:  # its last owner has just removed the folder
+            continue
+        free = False
+        try:
+            free = _try_lock(descriptor)
+            if free and _is_at(folder / LOCK, descriptor):
+                truncate(descriptor, 0, folder / LOCK)
+                pwrite_all(descriptor, memoryview(note), 0, folder / LOCK)
+                return descriptor
+        except BaseException:
+            unlock_folder(folder, descriptor) if free else close(descriptor)
+            raise
+        close(descriptor)
+        if not free:
+            return None
+
+
+def unlock_folder(folder: Path, descriptor: int) -> None:
+    """Let go of a folder, and remove it if there is nothing else in it."""
+    with contextlib.suppress(OSError):
+        os.unlink(folder / LOCK)
+        os.rmdir(folder)
+    close(descriptor)
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process has the lock of a folder."""
+    with _told("open", folder / LOCK), contextlib.suppress(FileNotFoundError):
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            return not _try_lock(descriptor)
+        finally:
+            os.close(descriptor)
+    return False
+
+
+def _open_lock(folder: Path) -> int | None:
+    """None where the folder is gone. One that somebody else has put there is refused: its files are theirs."""
+    with _told("lock", folder):
+        try:
+            if os.lstat(folder).st_uid != os.geteuid():
+                raise PermissionError(errno.EPERM, "it belongs to another user")
+            return os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        except FileNotFoundError:
+            return None
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)  # unless something is in it
+            raise
+
+
+def _try_lock(descriptor: int) -> bool:
+    """False while another process has the lock. A file system without locks grants all."""
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise OperationFailed(f"cannot lock: {error.strerror}") from error
+    return True
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether an open file still has this name."""
+    with _told("look at", path), contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.lstat(path), os.fstat(descriptor))
+    return False
+
+
+def publish_directory(staging: Path, destination: Path, *, overwrite: bool = False) -> None:
+    """Give a finished folder its name, at once, then sync both parents; where that fails, take the name back.
+
+    A name that is taken stays, but for an empty folder: that is what rename does with folders. With ``overwrite``
+    the two change places (renameat2 with RENAME_EXCHANGE), so that the old folder is then at ``staging``. Systems
+    without that call move the old one there by two renames, between which there is no destination.
     """
     fsync_directory(staging)
-    with contextlib.suppress(OSError):
-        os.rmdir(destination)
+    replaced = overwrite and exists(destination)
     with _told("publish", destination):
-        try:
-            if not _rename_noreplace(staging, destination):
-                _rename_if_free(staging, destination)
-        except FileExistsError as error:
+        _swap(staging, destination) if replaced else _rename(staging, destination)
+    try:
+        fsync_directory(destination.parent)
+        fsync_directory(staging.parent)  # before anything of what was replaced is removed
+    except BaseException:
+        with _told("take back", destination):
+            _swap(staging, destination) if replaced else os.rename(destination, staging)
+        raise
+
+
+def _rename(source: Path, destination: Path) -> None:
+    try:
+        os.rename(source, destination)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
             raise InputRejected(f"{shown(destination)} exists and is not an empty folder") from error
-    fsync_directory(destination.parent)
+        raise
 
 
-def _rename_if_free(source: Path, destination: Path) -> None:
-    if os.path.lexists(destination):
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-    os.rename(source, destination)
+def _swap(one: Path, other: Path) -> None:
+    """Two folders change places."""
+    if _exchange(one, other):
+        return
+    aside = one.with_name(f"{one.name}.aside")
+    os.rename(other, aside)
+    try:
+        os.rename(one, other)
+    except BaseException:
+        os.rename(aside, other)
+        raise
+    os.rename(aside, one)
 
 
-def _rename_noreplace(source: Path, destination: Path) -> bool:
-    """renameat2(RENAME_NOREPLACE); False where the system or file system does not have it."""
+def _exchange(one: Path, other: Path) -> bool:
+    """renameat2(RENAME_EXCHANGE); False where the system or file system does not have it."""
     import ctypes
 
     call = _libc_function("renameat2", "int", "char_p", "int", "char_p", "uint")
     if call is None:
         return False
     here = -100  # AT_FDCWD
-    if call(here, os.fsencode(source), here, os.fsencode(destination), 1) == 0:
+    if call(here, os.fsencode(one), here, os.fsencode(other), 2) == 0:
         return True
     code = ctypes.get_errno()
     if code in (errno.ENOSYS, errno.EINVAL):
@@ -380,6 +515,25 @@ def listdir(path: Path) -> list[str]:
     """The names in a folder, sorted."""
     with _told("list", path):
         return sorted(os.listdir(path))
+
+
+def remove_file(path: Path) -> None:
+    with _told("remove", path):
+        os.unlink(path)
+
+
+def allocated(folder: Path) -> int:
+    """Bytes of disk that a folder and all in it take; 0 where it is absent."""
+    with _told("look at", folder), contextlib.suppress(FileNotFoundError):
+        found = [os.lstat(os.path.join(home, name)) for home, _, names in os.walk(folder) for name in names]
+        return sum(facts.st_blocks * 512 for facts in found)
+    return 0
+
+
+def modified(path: Path) -> float:
+    """When a file or folder was last changed, in seconds since 1970."""
+    with _told("look at", path):
+        return os.lstat(path).st_mtime
 
 
 def remove_tree(path: Path) -> None:

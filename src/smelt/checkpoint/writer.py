@@ -117,12 +117,13 @@ def _header(ordered: Sequence[TensorInfo], ends: Sequence[int], file: str, metad
 class CheckpointWriter:
     """Writes tensors piece by piece at their final places. Thread-safe.
 
-    The files must not exist yet. They are whole once :meth:`finish` has returned; :meth:`abort` lets go of
-    them in any state, and does nothing after that.
+    The files must not exist yet, unless ``again``: then what an earlier run left of them is taken up. They are
+    whole once :meth:`finish` has returned; :meth:`abort` lets go of them in any state, and does nothing after that.
     """
 
-    def __init__(self, folder: Path, shards: Sequence[Shard]) -> None:
+    def __init__(self, folder: Path, shards: Sequence[Shard], *, again: bool = False) -> None:
         self._folder = folder
+        self._open = storage.reopen if again else storage.create
         self._shards = tuple(shards)
         self._tensors = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
         self._missing = sum(tensor.nbytes for tensor in self._tensors.values())
@@ -138,7 +139,7 @@ class CheckpointWriter:
 
     def _create(self, shard: Shard) -> None:
         path = self._folder / shard.file
-        self._descriptors[shard.file] = descriptor = storage.create(path, shard.size)
+        self._descriptors[shard.file] = descriptor = self._open(path, shard.size)
         storage.pwrite_all(descriptor, memoryview(shard.header), 0, path)
 
     def write(self, name: str, start: int, array: npt.NDArray[Any]) -> None:
@@ -155,6 +156,23 @@ class CheckpointWriter:
         if self._is_due(tensor.file, array.nbytes):
             storage.start_writeback(descriptor, 0, 0)
 
+    def read(self, name: str, start: int, out: npt.NDArray[Any]) -> None:
+        """Fill ``out`` (storage type) with the tensor's items from ``start`` on, as they are in the file now."""
+        tensor = self._tensors[name]
+        place = tensor.offset + start * out.itemsize
+        storage.pread_into(self._descriptors[tensor.file], out.data, place, self._folder / tensor.file)
+
+    def skip(self, name: str) -> None:
+        """All of this tensor is there already."""
+        with self._lock:
+            self._missing -= self._tensors[name].nbytes
+
+    def sync(self) -> None:
+        """Wait until all that was written so far is on the disk, and so are the files' names."""
+        for file, descriptor in self._descriptors.items():
+            storage.fsync(descriptor, self._folder / file)
+        storage.fsync_directory(self._folder)
+
     def _is_due(self, file: str, nbytes: int) -> bool:
         with self._lock:
             self._missing -= nbytes
@@ -167,8 +185,7 @@ class CheckpointWriter:
         """Wait until all is on the disk, close, and add the index where there are several files."""
         if self._missing:
             raise ValueError(f"{self._missing} bytes too few were written")
-        for file, descriptor in self._descriptors.items():
-            storage.fsync(descriptor, self._folder / file)
+        self.sync()
         self.abort()
         if len(self._shards) > 1:
             storage.write_small(self._folder / INDEX, self._index())

@@ -20,6 +20,7 @@ COMMANDS = {
     "inspect": "What a checkpoint holds.",
     "methods": "The merge methods, their parameters and papers.",
     "verify": "Does an output still hold what its manifest says?",
+    "clean": "What have runs that were killed left behind?",
 }
 
 
@@ -63,5 +64,5 @@ def smelt() -> None:
         smelt verify OUT                  is it still what was written?
 
     Exit codes: 0 done, 1 failed, 2 wrong recipe or command, 3 input rejected, 70 a bug in smelt,
-    130 and 143 interrupted.
+    129, 130 and 143 interrupted.
     """

@@ -46,12 +46,18 @@ if TYPE_CHECKING:
     help="Cut embeddings of different vocabularies to their common length.",
 )  # fmt: skip
 @click.option("--card/--no-card", default=True, help="Write README.md, the model card.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT if smelt has made it: at once, when the new one is whole.")
+@click.option(
+    "--resume/--no-resume", default=None,
+    help="Keep what is written when the run fails, to continue it; begin anew. Default: continue what was killed.",
+)  # fmt: skip
 @json_option
 @common
 def command(recipe: str, out: str | None, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Merge models as RECIPE says (a YAML file, or - for stdin) into OUT, a folder that does not exist yet.
 
-    The folder appears when everything is written and synced, or not at all. Prints its path.
+    The folder appears when everything is written and synced, or not at all. Prints its path. What a killed run
+    has finished is taken up by the next one of the same recipe, options and files; see smelt clean.
     """
     if out is None and not dry_run:
         raise click.UsageError("OUT is missing: name the folder to create, or add --dry-run")

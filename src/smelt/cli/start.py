@@ -16,7 +16,7 @@ import click
 from ..errors import OperationFailed, SmeltError
 from .options import Settings
 
-BUG, INTERRUPTED, TERMINATED = 70, 130, 143
+BUG, INTERRUPTED = 70, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,8 +101,13 @@ def _as_expected(error: Exception) -> SmeltError | None:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """SIGTERM unwinds like SIGINT does, so that staging is removed; a second SIGINT ends at once."""
+    """SIGTERM and SIGHUP unwind like SIGINT does, so that staging is removed; a second SIGINT ends at once.
+
+    Under nohup SIGHUP stays without effect.
+    """
     handlers = {signal.SIGINT: _on_interrupt, signal.SIGTERM: _on_terminate}
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        handlers[signal.SIGHUP] = _on_terminate
     try:
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     except ValueError:  # not in the main thread: a program that calls us keeps its own handlers
@@ -121,7 +126,7 @@ def _on_interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _on_terminate(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(TERMINATED)
+    raise SystemExit(128 + number)
 
 
 def _use_utf8() -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .memory import merge_tensors
     from .planning import Plan
+    from .residue import Leftover, leftovers, remove_leftovers
     from .restore import restore_task
     from .run import Artifact, merge
     from .selection import Soup, choose_lambdas, greedy_soup
@@ -15,14 +16,15 @@ if TYPE_CHECKING:
     from .verification import verify
 
 __all__ = [
-    "Artifact", "Plan", "Soup", "choose_lambdas", "greedy_soup", "merge", "merge_tensors", "plan", "restore_task",
-    "verify",
+    "Artifact", "Leftover", "Plan", "Soup", "choose_lambdas", "greedy_soup", "leftovers", "merge", "merge_tensors",
+    "plan", "remove_leftovers", "restore_task", "verify",
 ]  # fmt: skip
 
 _HOMES = {
-    "Artifact": "run", "Plan": "planning", "Soup": "selection", "choose_lambdas": "selection",
-    "greedy_soup": "selection", "merge": "run", "merge_tensors": "memory", "plan": "stages",
-    "restore_task": "restore", "verify": "verification",
+    "Artifact": "run", "Leftover": "residue", "Plan": "planning", "Soup": "selection",
+    "choose_lambdas": "selection", "greedy_soup": "selection", "leftovers": "residue", "merge": "run",
+    "merge_tensors": "memory", "plan": "stages", "remove_leftovers": "residue", "restore_task": "restore",
+    "verify": "verification",
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ the manifest at no extra read. It is no protection against forgery: output tenso
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,28 +20,45 @@ from .tiles import TILE
 
 
 class Ledger:
-    """Digests of the tiles read so far, by (checkpoint label, tensor)."""
+    """Digests of the tiles read so far, by (checkpoint label, tensor); those of whole tensors from an earlier run."""
 
     def __init__(self) -> None:
         self._tiles: dict[tuple[str, str], dict[int, bytes]] = {}
+        self._known: dict[tuple[str, str], str] = {}
 
     def __contains__(self, key: tuple[str, str, int]) -> bool:
-        return key[2] in self._tiles.get(key[:2], {})
+        return key[:2] in self._known or key[2] in self._tiles.get(key[:2], {})
+
+    def remember(self, label: str, name: str, digest: str) -> None:
+        """What an earlier run found for a tensor."""
+        self._known[label, name] = digest
+
+    def digest(self, label: str, name: str, count: int) -> str | None:
+        """The digest of a tensor of ``count`` elements; None unless all of its tiles have been read."""
+        tiles = self._tiles.get((label, name), {})
+        if len(tiles) < -(-count // TILE):
+            return self._known.get((label, name))
+        return _joined(tiles)
+
+    def untouched(self, label: str, name: str) -> bool:
+        """Whether nothing of a tensor has been read."""
+        return (label, name) not in self._tiles and (label, name) not in self._known
 
     def record(self, label: str, name: str, start: int, data: memoryview) -> None:
         self._tiles.setdefault((label, name), {})[start] = xxhash.xxh3_128_digest(data)
 
     def names(self, label: str) -> list[str]:
         """The tensors of one checkpoint that were read, sorted."""
-        return sorted(name for owner, name in self._tiles if owner == label)
+        return sorted(name for owner, name in self._tiles.keys() | self._known.keys() if owner == label)
 
     def digests(self, label: str) -> dict[str, str]:
         """Tensor name -> digest of all its tiles, for one checkpoint, sorted by name."""
-        return {
-            name: xxhash.xxh3_128_hexdigest(b"".join(tiles[start] for start in sorted(tiles)))
-            for (owner, name), tiles in sorted(self._tiles.items())
-            if owner == label
-        }
+        tiles, known = self._tiles, self._known
+        return {name: known.get((label, name)) or _joined(tiles[label, name]) for name in self.names(label)}
+
+
+def _joined(tiles: Mapping[int, bytes]) -> str:
+    return xxhash.xxh3_128_hexdigest(b"".join(tiles[start] for start in sorted(tiles)))
 
 
 class CheckpointOperand:

@@ -1,22 +1,38 @@
-"""Write into a staging folder beside the destination, and give it its name when all is on the disk."""
+"""Write into a work folder beside the destination, and give the result its name when all is on the disk.
+
+``OUT.smelt-work`` belongs to one process at a time, which holds a lock in it. Each attempt has a folder of its
+own there: ``new``, which becomes ``OUT``, and whatever helps to continue after a crash.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import platform
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from .. import storage
-from ..errors import OperationFailed, UsageError, show
+from ..errors import InputRejected, OperationFailed, SyncFailed, UsageError, show
+from .manifest import NAME as MANIFEST
+
+#: Behind the destination's name.
+SUFFIX = ".smelt-work"
 
 
-def check_destination(out: Path, inputs: list[Path]) -> None:
+def check_destination(out: Path, inputs: list[Path], *, overwrite: bool = False) -> None:
     """Refuse what could damage something: a full folder, a file, an input, a place that cannot be written."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise UsageError(f"{show(out)} exists and is not a folder: choose another destination")
-    if out.is_dir() and storage.listdir(out):
+    held = storage.listdir(out) if out.is_dir() else []
+    if held and not overwrite:
         raise UsageError(f"{show(out)} exists and is not empty: choose another destination, or remove it first")
+    if held and MANIFEST not in held:
+        raise UsageError(f"{show(out)} has no {MANIFEST}: only what smelt made is overwritten; remove it yourself")
     parent = out.absolute().parent
     if not parent.is_dir():
         raise UsageError(f"{show(parent)} does not exist: make it first, or choose another destination")
@@ -34,15 +50,66 @@ def check_space(out: Path, needed: int) -> None:
         raise OperationFailed(f"not enough disk for {show(out)}: {needed} bytes needed, {free} free")
 
 
+def work_folder(out: Path) -> Path:
+    """Where runs that write ``out`` keep what is not finished."""
+    return out.absolute().parent / f"{out.name}{SUFFIX}"
+
+
 @contextmanager
-def staging(out: Path) -> Iterator[Path]:
-    """A new folder next to ``out``; published under that name on success, removed on any failure."""
-    parent = out.absolute().parent
-    folder = parent / f"{out.name}.smelt-{secrets.token_hex(4)}"
-    storage.mkdir(folder)
+def claim(out: Path) -> Iterator[Path]:
+    """The work folder of ``out``, for this process alone. InputRejected while another one has it."""
+    work = work_folder(out)
+    who = {"pid": os.getpid(), "host": platform.node(), "started": round(time.time())}
+    lock = storage.lock_folder(work, json.dumps(who).encode())
+    if lock is None:
+        raise InputRejected(f"{show(out)} is being written by another process{_owner(work)}: wait for it, or end it")
     try:
-        yield folder
-        storage.publish_directory(folder, out.absolute())
-    except BaseException:
-        storage.remove_tree(folder)
-        raise
+        yield work
+    finally:
+        storage.unlock_folder(work, lock)
+
+
+def _owner(work: Path) -> str:
+    try:
+        told = json.loads(storage.read_small(work / storage.LOCK, 4096))
+        return f" (number {told['pid']} on {show(told['host'])})"
+    except (OperationFailed, InputRejected, ValueError, KeyError, TypeError):
+        return ""
+
+
+@contextmanager
+def staging(
+    out: Path, *, work: Path | None = None, name: str | None = None, overwrite: bool = False, keep: bool = False,
+    warn: Callable[[str], None] | None = None,
+) -> Iterator[Path]:  # fmt: skip
+    """A folder next to ``out``; published under that name on success, removed on any failure.
+
+    Parameters
+    ----------
+    work: the work folder, where the caller has claimed it.
+    name: of this attempt: one that an earlier attempt left is yielded with all that is in it.
+    overwrite: what is at ``out`` makes room, and is removed.
+    keep: leave everything there on failure, unless a sync failed, after which nothing can be relied on.
+    warn: is told if something could not be removed after the result is in place.
+    """
+    with claim(out) if work is None else nullcontext(work) as place:
+        home = place / (name or secrets.token_hex(8))
+        try:
+            storage.ensure_folder(home)
+            storage.ensure_folder(home / "new")
+            yield home / "new"
+            storage.publish_directory(home / "new", out.absolute(), overwrite=overwrite)
+        except BaseException as error:
+            if not keep or isinstance(error, SyncFailed):
+                with contextlib.suppress(OperationFailed):  # what went wrong first is what is told
+                    storage.remove_tree(home)
+            raise
+        _discard(home, warn or (lambda message: None))
+
+
+def _discard(home: Path, warn: Callable[[str], None]) -> None:
+    """Remove what is no longer needed. The result is in place, so that failing is no failure of the run."""
+    try:
+        storage.remove_tree(home)
+    except OperationFailed as error:
+        warn(f"{error}; smelt clean names what was left")

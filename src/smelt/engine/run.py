@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,16 @@ from .device import mapper_for
 from .execute import Executor, Job, Steps
 from .findings import Finding
 from .inputs import identity, licence_of
+from .journal import NAME as JOURNAL
+from .journal import Journal, reads_of
 from .manifest import NAME, dump, manifest, sums_of
 from .options import options_of
 from .outputs import Output
 from .planning import Plan, RecipeLike, make_plan
 from .progress import Progress, Silent
-from .publish import check_destination, check_space, staging
+from .publish import check_destination, check_space, claim, staging, work_folder
 from .sink import DiskSink, write_tensors
-from .stages import home_of, local_paths, plan_stages, stages_of, workplace
+from .stages import fingerprint, home_of, local_paths, plan_stages, stages_of, workplace
 from .views import alike
 from .whole import read_whole
 
@@ -60,7 +63,7 @@ def merge(
     Parameters
     ----------
     recipe: path to a YAML file, a mapping of the same content, or parsed recipes.
-    out: a folder that does not exist yet, or is empty.
+    out: a folder that does not exist yet, or is empty; with ``overwrite`` also one that smelt has made.
     models: what names in the recipe stand for that are neither paths nor on the hub: a dict of arrays, a
         ``torch.nn.Module``, an opened checkpoint.
     options: device ("cpu", "cuda"), threads, memory ("1GiB"), seed, shard_size ("5GB"; default: the recipe's), on_extra
@@ -68,9 +71,11 @@ def merge(
         "allow"), force (merge models that do not share a backbone), strict (warnings are errors), card, raw
         (bare tensors: no config, layers, ties or side files), stages (a folder that keeps the results of the
         recipes that others take, for a later run; by default they do not last), truncate_embeddings (cut
-        embeddings of different vocabularies to their common length).
+        embeddings of different vocabularies to their common length), overwrite (replace ``out`` at once, when
+        the result is whole), resume (None: continue what a run of the same recipe, options and files left when
+        it was killed, and leave nothing after a failure; True: leave it, to be continued; False: begin anew).
 
-    Raises UsageError, InputRejected or OperationFailed; then ``out`` does not exist.
+    Raises UsageError, InputRejected or OperationFailed; then ``out`` is what it was before.
     """
     started = time.monotonic()
     out, chosen, shown = Path(out), options_of(**options), progress or Silent()
@@ -80,15 +85,15 @@ def merge(
     if len(stages) == 1:
         return _run(replace(make_plan(stages[0].recipe, chosen, places), paths=paths), out, shown, started)
     plan_stages(stages, chosen, places).close()
-    check_destination(out, [])
+    check_destination(out, [], overwrite=chosen.overwrite)
     notices: list[str] = []
-    with workplace(out, chosen) as work:
+    with claim(out) as work, workplace(work, chosen) as place:
         for stage in stages[:-1]:
             plan = replace(make_plan(stage.recipe, chosen, places), paths=paths)
-            places[stage.name], told = _finished(stage, plan, work, shown)
+            places[stage.name], told = _finished(stage, plan, place, shown)
             notices += [f"stage {show(stage.name)}: {notice}" for notice in told]
         last = replace(make_plan(stages[-1].recipe, chosen, places), paths=paths)
-        artifact = _run(last, out, shown, started)
+        artifact = _run(last, out, shown, started, work)
     return replace(artifact, warnings=[*notices, *artifact.warnings])
 
 
@@ -101,27 +106,36 @@ def _finished(stage: Stage, plan: Plan, work: Path, progress: Progress) -> tuple
     return home, _run(plan, home, progress, time.monotonic()).warnings
 
 
-def _run(plan: Plan, out: Path, progress: Progress, started: float) -> Artifact:
-    """Carry out a plan, and close it."""
+def _run(plan: Plan, out: Path, progress: Progress, started: float, work: Path | None = None) -> Artifact:
+    """Carry out a plan, and close it. ``work``: the destination's work folder where it is claimed already."""
+    options, told = plan.options, list[str]()
     try:
-        warnings = [*plan.notices, *_check_before_running(plan, out)]
-        with staging(out) as folder:
-            digests = _write_weights(plan, folder, progress, warnings.append)
+        name = fingerprint(plan)
+        warnings = [*plan.notices, *_check_before_running(plan, out, work_folder(out) / name)]
+        if options.resume is False:
+            name = secrets.token_hex(8)
+        with staging(
+            out, work=work, name=name, overwrite=options.overwrite, keep=bool(options.resume), warn=told.append
+        ) as folder:
+            digests = _write_weights(plan, folder, progress, warnings, told)
             plan.inputs.check_unchanged()
             _write_side_files(plan, folder, out.name, digests, warnings)
     finally:
         plan.close()
     seconds = time.monotonic() - started
-    return Artifact(out, len(plan.outputs), plan.bytes_read, plan.bytes_written, seconds, warnings)
+    return Artifact(out, len(plan.outputs), plan.bytes_read, plan.bytes_written, seconds, [*warnings, *told])
 
 
 # --- before ---------------------------------------------------------------------------------------------
 
 
-def _check_before_running(plan: Plan, out: Path) -> list[str]:
-    """Destination, disk, backbone, integers: everything that can fail before the first byte is written."""
-    check_destination(out, plan.inputs.folders())
-    check_space(out, plan.disk_needed)
+def _check_before_running(plan: Plan, out: Path, earlier: Path) -> list[str]:
+    """Destination, disk, backbone, integers: everything that can fail before the first byte is written.
+
+    ``earlier``: where an earlier attempt may have allocated its disk space.
+    """
+    check_destination(out, plan.inputs.folders(), overwrite=plan.options.overwrite)
+    check_space(out, plan.disk_needed - storage.allocated(earlier))
     InputRejected.gather(problem for output in plan.outputs for problem in _differing_integers(output))
     return _check_backbones(plan)
 
@@ -171,21 +185,48 @@ def _differing_integers(output: Output) -> list[str]:
 # --- the weights ----------------------------------------------------------------------------------------
 
 
-def _write_weights(plan: Plan, folder: Path, progress: Progress, warn: Callable[[str], None]) -> dict[str, Any]:
-    """Merge and write every tensor; returns name -> dtype, shape, file, sha256."""
+def _write_weights(
+    plan: Plan, folder: Path, progress: Progress, warnings: list[str], told: list[str]
+) -> dict[str, Any]:
+    """Merge and write every tensor, but those that an earlier run has finished.
+
+    Returns name -> dtype, shape, file, sha256. ``warnings`` are part of the result, what is ``told`` is not.
+    """
     progress.start(plan.bytes_read + plan.bytes_written, "merging")
     shards = plan_shards([TensorInfo(o.name, o.dtype, o.shape) for o in plan.outputs], plan.shard_size)
-    try:
-        return write_tensors(folder, shards, lambda sink: _execute(plan, sink, progress, warn))
-    finally:
-        progress.finish()
+    seen: list[str] = []
+    outputs = {output.name: output for output in plan.outputs}
+    with Journal(folder.parent / JOURNAL, lambda name: reads_of(plan.inputs.ledger, outputs[name])) as journal:
+
+        def warn(message: str) -> None:
+            journal.paused = True  # the next run is to say the same
+            seen.append(message)
+
+        def fill(sink: DiskSink) -> None:
+            told.extend(_remember(plan, sink, journal))
+            _execute(plan, sink, progress, warn)
+
+        try:
+            return write_tensors(folder, shards, fill, journal)
+        finally:
+            progress.finish()
+            warnings += sorted(seen)
+
+
+def _remember(plan: Plan, sink: DiskSink, journal: Journal) -> Iterator[str]:
+    """Take over what an earlier run has read for the tensors that it has finished, and tell of it."""
+    for read in (read for name in sink.done for read in journal.reads[name]):
+        plan.inputs.ledger.remember(*read)
+    if sink.done:
+        yield f"continued a run that had ended early: {len(sink.done)} of {len(plan.outputs)} tensors were there"
 
 
 def _execute(plan: Plan, sink: DiskSink, progress: Progress, warn: Callable[[str], None]) -> None:
     options = plan.options
     mapper = mapper_for(options.device, options.on_nonfinite, warn)
     with Executor(sink, mapper, threads=options.threads, progress=progress) as executor:
-        outputs = _surveyed(plan, executor)
+        outputs = [output for output in _surveyed(plan, executor) if output.name not in sink.done]
+        progress.advance(sum(output.input_bytes + output.nbytes for output in plan.outputs if output.name in sink.done))
         executor.run([_job(plan, output) for output in sorted(outputs, key=_disk_order)])
     for gathered in (source.gathered for output in plan.outputs for source in output.piece.sources):
         if gathered is not None:

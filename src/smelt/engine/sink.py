@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
-from ..checkpoint import CheckpointWriter, Shard
+from .. import storage
+from ..checkpoint import CheckpointWriter, Shard, TensorInfo
+from ..kernels.dtypes import DTYPES
+from .execute import usable_cores
+from .journal import Journal
+from .tiles import TILE
 
 _Waiting = dict[int, tuple[npt.NDArray[Any], Callable[[], None]]]
 
@@ -54,34 +62,56 @@ class OrderedDigest:
 
 
 class DiskSink:
-    """Writes tiles through a CheckpointWriter and keeps the SHA-256 of every tensor."""
+    """Writes tiles through a CheckpointWriter and keeps the SHA-256 of every tensor.
 
-    def __init__(self, writer: CheckpointWriter, names: list[str]) -> None:
-        self._writer = writer
-        self._digests = {name: OrderedDigest() for name in names}
+    ``done``: of tensors that are there from an earlier run; they are not to be written.
+    """
+
+    def __init__(
+        self, writer: CheckpointWriter, tensors: Sequence[TensorInfo], journal: Journal | None = None,
+        done: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:  # fmt: skip
+        self.done = done
+        self._writer, self._journal = writer, journal
+        self._sizes = {info.name: info.nbytes for info in tensors}
+        self._digests = {name: OrderedDigest() for name in self._sizes if name not in done}
 
     def write(self, name: str, start: int, array: npt.NDArray[Any], release: Callable[[], None]) -> None:
         self._writer.write(name, start, array)
         self._digests[name].add(start, array, release)
 
     def finish(self, name: str) -> None:
-        pass
+        """Called by one thread alone."""
+        if self._journal is not None:
+            self._journal.add(name, self._digests[name].hexdigest(), self._sizes[name])
+            if self._journal.is_due:
+                self._journal.commit(self._writer.sync)
 
     def sha256(self) -> dict[str, str]:
         """Tensor name -> SHA-256 of its bytes, once all are written."""
-        return {name: digest.hexdigest() for name, digest in sorted(self._digests.items())}
+        return {**self.done, **{name: digest.hexdigest() for name, digest in self._digests.items()}}
 
 
-def write_tensors(folder: Path, shards: Sequence[Shard], fill: Callable[[DiskSink], None]) -> dict[str, dict[str, Any]]:
+def write_tensors(
+    folder: Path, shards: Sequence[Shard], fill: Callable[[DiskSink], None], journal: Journal | None = None
+) -> dict[str, dict[str, Any]]:
     """Write weight files of ``folder``, laid out as ``shards``; ``fill`` brings the elements of their tensors.
 
+    With a ``journal`` what an earlier run has finished is kept, if it reads as it was written.
     Returns name -> dtype, shape, file, sha256.
     """
     tensors = [info for shard in shards for info in shard.tensors]
-    writer = CheckpointWriter(folder, shards)
+    if journal is not None:
+        _remove_others(folder, {shard.file for shard in shards})
+    writer = CheckpointWriter(folder, shards, again=journal is not None)
     try:
-        sink = DiskSink(writer, [info.name for info in tensors])
+        done = {} if journal is None else _intact(writer, tensors, journal.finished)
+        for name in done:
+            writer.skip(name)
+        sink = DiskSink(writer, tensors, journal, done)
         fill(sink)
+        if journal is not None:
+            journal.commit(writer.sync)
         writer.finish()
     finally:
         writer.abort()
@@ -90,3 +120,36 @@ def write_tensors(folder: Path, shards: Sequence[Shard], fill: Callable[[DiskSin
         info.name: {"dtype": info.dtype, "shape": list(info.shape), "file": info.file, "sha256": sums[info.name]}
         for info in tensors
     }
+
+
+def _remove_others(folder: Path, wanted: set[str]) -> None:
+    """What an earlier run wrote beside the weights: it is written again."""
+    for name in set(storage.listdir(folder)) - wanted:
+        storage.remove_file(folder / name)
+
+
+def _intact(writer: CheckpointWriter, tensors: Sequence[TensorInfo], finished: Mapping[str, str]) -> dict[str, str]:
+    """Those of the finished tensors whose bytes are still what the journal says."""
+    candidates = [info for info in tensors if info.name in finished]
+    with ThreadPoolExecutor(usable_cores(), thread_name_prefix="smelt") as pool:
+        found = pool.map(lambda info: sha256_of(writer.read, info), candidates)
+        return {
+            info.name: digest for info, digest in zip(candidates, found, strict=True) if digest == finished[info.name]
+        }
+
+
+def sha256_of(
+    read: Callable[[str, int, npt.NDArray[Any]], None], info: TensorInfo, seen: Callable[[int], None] | None = None
+) -> str:
+    """SHA-256 of a tensor's stored bytes, read tile by tile. ``seen`` is told how many bytes were read."""
+    digest = hashlib.sha256()
+    dtype = DTYPES[info.dtype]
+    count = info.nbytes // np.dtype(dtype.storage).itemsize
+    buffer = np.empty(min(TILE, count), dtype.storage)
+    for start in range(0, count, TILE):
+        part = buffer[: min(TILE, count - start)]
+        read(info.name, start, part)
+        digest.update(part.data)
+        if seen is not None:
+            seen(part.nbytes)
+    return digest.hexdigest()

@@ -21,12 +21,12 @@ from typing import Any
 import numpy.typing as npt
 
 from .. import storage
-from .._version import __version__
 from ..checkpoint import Checkpoint, TensorInfo
 from ..errors import OperationFailed, UsageError, show
 from ..recipe import ModelReference, Recipe, Stage, in_order
 from .config import patched_config
 from .inputs import Input, Places
+from .manifest import versions
 from .options import Options, options_of
 from .planning import Plan, RecipeLike, make_plan, read_recipes
 
@@ -107,31 +107,40 @@ class Promised(Checkpoint):
 
 
 @contextmanager
-def workplace(out: Path, options: Options) -> Iterator[Path]:
-    """The folder of the stages' results: the one that was asked for, or one beside ``out`` that does not last."""
+def workplace(work: Path, options: Options) -> Iterator[Path]:
+    """The folder of the stages' results: the one that was asked for, or one in ``work`` that lasts only if
+    a failed run is to be continued.
+    """
     if options.stages is not None:
         storage.make_folders(options.stages)
         yield options.stages
         return
-    folder = out.absolute().parent / f"{out.name}.stages-{secrets.token_hex(4)}"
-    storage.mkdir(folder)
+    folder = work / "stages"
+    storage.ensure_folder(folder)
     try:
         yield folder
-    finally:
-        storage.remove_tree(folder)
+    except BaseException:
+        if not options.resume:
+            storage.remove_tree(folder)
+        raise
+    storage.remove_tree(folder)
 
 
 def home_of(stage: Stage, plan: Plan, work: Path) -> Path:
     """The folder of a stage's result, named by what the result depends on."""
+    return work / f"{re.sub(r'[^A-Za-z0-9._-]', '_', stage.name)[:60]}-{fingerprint(plan)}"
+
+
+def fingerprint(plan: Plan) -> str:
+    """16 hexadecimal digits of what the bits of a result depend on: recipe, options, versions, every input file."""
     options = plan.options
     made_of = [
-        __version__, stage.recipe.text, plan.seed, options.on_extra, options.on_nonfinite, options.raw, plan.shard_size,
-        options.truncate_embeddings,
+        versions(), plan.recipe.text, plan.seed, options.on_extra, options.on_nonfinite, options.raw, plan.shard_size,
+        options.truncate_embeddings, plan.measured,
         [_identity(item) for item in (*plan.inputs, *plan.inputs.beside.values())],
         {name: hashlib.sha256(data).hexdigest() for name, data in plan.side_files().items()},
     ]  # fmt: skip
-    digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
-    return work / f"{re.sub(r'[^A-Za-z0-9._-]', '_', stage.name)[:60]}-{digest[:16]}"
+    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
 
 
 def _identity(item: Input) -> list[Any]:

@@ -70,14 +70,14 @@ class FactoredOperand:
         self.shape = (rows.count, columns.count)
         self.count = rows.count * columns.count
         self.nbytes = rows.nbytes + columns.nbytes
-        self._parts = rows, columns
+        self.parts = rows, columns
         self._matrix: LowRank | None = None
         self._lock = threading.Lock()
 
     def read(self, start: int, out: npt.NDArray[Any]) -> None:
         with self._lock:
             if self._matrix is None:
-                self._matrix = rank_one(*(vector(part).reshape(-1) for part in self._parts))
+                self._matrix = rank_one(*(vector(part).reshape(-1) for part in self.parts))
         self._matrix.read(start, out)
 
 

@@ -9,15 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from .. import storage
 from ..checkpoint import ADAPTER, Checkpoint, load, load_adapter
 from ..errors import InputRejected, show
-from ..kernels.dtypes import DTYPES
 from .manifest import FORMAT, NAME
 from .progress import Progress, Silent
-from .tiles import TILE
+from .sink import sha256_of
 
 
 @dataclass
@@ -99,19 +96,6 @@ def _difference(checkpoint: Checkpoint, name: str, wanted: Mapping[str, Any], pr
     info = checkpoint.tensors[name]
     if [info.dtype, list(info.shape)] != [wanted["dtype"], wanted["shape"]]:
         return [f"tensor {show(name)} is {info.dtype} {list(info.shape)}, expected {wanted['dtype']} {wanted['shape']}"]
-    if sha256_of(checkpoint, name, progress) != wanted["sha256"]:
+    if sha256_of(checkpoint.read, info, progress.advance) != wanted["sha256"]:
         return [f"tensor {show(name)} in {show(info.file)} differs from the manifest"]
     return []
-
-
-def sha256_of(checkpoint: Checkpoint, name: str, progress: Progress) -> str:
-    """SHA-256 of a tensor's stored bytes, read tile by tile."""
-    info = checkpoint.tensors[name]
-    digest = hashlib.sha256()
-    buffer = np.empty(min(TILE, info.count), DTYPES[info.dtype].storage)
-    for start in range(0, info.count, TILE):
-        part = buffer[: min(TILE, info.count - start)]
-        checkpoint.read(name, start, part)
-        digest.update(part.data)
-        progress.advance(part.nbytes)
-    return digest.hexdigest()
