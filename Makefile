@@ -12,7 +12,7 @@ ARGS   ?=
 BIN     := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary=:all:
 
-.PHONY: demo test test-torch lint types bench docs clean
+.PHONY: demo test test-torch faults fuzz lint types bench docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.demo $(ARGS)
@@ -22,6 +22,12 @@ test: $(VENV)/.dev
 
 test-torch: $(VENV)/.dev $(VENV)/.torch
 	$(BIN)/python -m pytest $(ARGS)
+
+faults: $(VENV)/.dev
+	$(BIN)/python -m tests.faults $(ARGS)
+
+fuzz: $(VENV)/.dev
+	$(BIN)/python -m tests.fuzz $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check $(ARGS)

@@ -30,7 +30,7 @@ from tests.small_models import TOKENS, bf16, fine_tuned, llama, save
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-TARGETS = {"demo", "test", "test-torch", "lint", "types", "bench", "docs", "clean"}
+TARGETS = {"demo", "test", "test-torch", "faults", "fuzz", "lint", "types", "bench", "docs", "clean"}
 
 
 class Block(NamedTuple):

@@ -247,7 +247,7 @@ def test_the_folder_is_on_disk_before_and_after_its_name(
     inode = staging.stat()
     monkeypatch.setattr(os, "fsync", recorded)
     storage.publish_directory(staging, tmp_path / "out")
-    assert events == ["staging, hidden", "parent, published"]
+    assert events == ["staging, hidden", "parent, published", "parent, published"], "both parents, here the same"
 
 
 def test_a_folder_that_cannot_be_flushed_is_not_published(

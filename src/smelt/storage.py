@@ -12,6 +12,7 @@ import errno
 import io
 import os
 import shutil
+import signal
 import stat
 import sys
 import tempfile
@@ -49,6 +50,26 @@ class FileIdentity:
 def shown(path: object) -> str:
     """A path as messages name it: quoted, on one line, bounded, and long enough to keep the file's name."""
     return show(path, 1000)
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Signals that would end the process wait until the block is done: for what must not be half done. Be brief."""
+    waiting: list[tuple[int, Any]] = []
+    before: dict[int, Any] = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if callable(signal.getsignal(number)):
+                before[number] = signal.signal(number, lambda *found: waiting.append(found))
+    except ValueError:  # not in the main thread, which alone is interrupted
+        pass
+    try:
+        yield
+    finally:
+        for held, handler in before.items():
+            signal.signal(held, handler)
+        for came, frame in waiting[:1]:
+            before[came](came, frame)
 
 
 @contextlib.contextmanager
@@ -400,9 +421,13 @@ def publish_directory(staging: Path, destination: Path, *, overwrite: bool = Fal
     try:
         fsync_directory(destination.parent)
         fsync_directory(staging.parent)  # before anything of what was replaced is removed
-    except BaseException:
-        with _told("take back", destination):
+    except BaseException as error:
+        try:
             _swap(staging, destination) if replaced else os.rename(destination, staging)
+        except OSError:
+            raise SyncFailed(
+                f"{shown(destination)} is in place and whole, but its name may not last: {error}"
+            ) from error
         raise
 
 
@@ -466,6 +491,17 @@ def read_small(path: Path, limit: int) -> bytes:
         if size > limit:
             raise InputRejected(f"{shown(path)} has {size} bytes, at most {limit} are accepted")
         data = bytearray(size)
+        pread_into(descriptor, memoryview(data), 0, path)
+        return bytes(data)
+    finally:
+        os.close(descriptor)
+
+
+def read_start(path: Path, size: int) -> bytes:
+    """The first bytes of a regular file; fewer where it has no more."""
+    descriptor = open_read(path)
+    try:
+        data = bytearray(min(size, os.fstat(descriptor).st_size))
         pread_into(descriptor, memoryview(data), 0, path)
         return bytes(data)
     finally:

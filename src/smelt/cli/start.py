@@ -22,6 +22,7 @@ BUG, INTERRUPTED = 70, 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``smelt`` with ``arguments`` (default: the process's own) and return the exit code."""
     settings = Settings()
+    _fill_streams()
     _use_utf8()
     # numpy's linear algebra starts its threads when it is imported: smelt's own threads are enough, each with one
     # matrix, and a matrix product then never depends on how many there are.
@@ -127,6 +128,14 @@ def _on_interrupt(number: int, frame: FrameType | None) -> None:
 
 def _on_terminate(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
+
+
+def _fill_streams() -> None:
+    """Closed standard streams lead nowhere: else the next file to be opened would take their number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is that of the stream
+            setattr(sys, name, os.fdopen(nowhere, "r" if number == 0 else "w"))
 
 
 def _use_utf8() -> None:

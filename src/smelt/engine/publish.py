@@ -60,13 +60,19 @@ def claim(out: Path) -> Iterator[Path]:
     """The work folder of ``out``, for this process alone. InputRejected while another one has it."""
     work = work_folder(out)
     who = {"pid": os.getpid(), "host": platform.node(), "started": round(time.time())}
-    lock = storage.lock_folder(work, json.dumps(who).encode())
-    if lock is None:
-        raise InputRejected(f"{show(out)} is being written by another process{_owner(work)}: wait for it, or end it")
+    lock = None
     try:
+        with storage.uninterrupted():
+            lock = storage.lock_folder(work, json.dumps(who).encode())
+        if lock is None:
+            raise InputRejected(
+                f"{show(out)} is being written by another process{_owner(work)}: wait for it, or end it"
+            )
         yield work
     finally:
-        storage.unlock_folder(work, lock)
+        if lock is not None:
+            with storage.uninterrupted():
+                storage.unlock_folder(work, lock)
 
 
 def _owner(work: Path) -> str:
@@ -98,7 +104,8 @@ def staging(
             storage.ensure_folder(home)
             storage.ensure_folder(home / "new")
             yield home / "new"
-            storage.publish_directory(home / "new", out.absolute(), overwrite=overwrite)
+            with storage.uninterrupted():
+                storage.publish_directory(home / "new", out.absolute(), overwrite=overwrite)
         except BaseException as error:
             if not keep or isinstance(error, SyncFailed):
                 with contextlib.suppress(OperationFailed):  # what went wrong first is what is told

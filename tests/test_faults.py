@@ -1,0 +1,84 @@
+"""A small part of each experiment of ``make faults``: runs that are killed, starved and lied to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults import campaign
+from tests.faults.campaign import Result
+from tests.faults.scene import Scene, scene
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    with scene(tmp_path_factory.mktemp("faults")) as found:
+        yield found
+
+
+BOTH_WAYS: list[tuple[Callable[..., Result], int]] = [
+    (campaign.kills_at_random, 5), (campaign.kills_at_points, 1), (campaign.operations_fail, 15),
+    (campaign.syncs_fail, 2), (campaign.power_fails, 15), (campaign.rivals, 2), (campaign.signals, 5),
+]  # fmt: skip
+ONE_WAY: list[tuple[Callable[..., Result], int]] = [
+    (campaign.short_transfers, 5), (campaign.full_disk, 2), (campaign.inputs_change, 10), (campaign.surroundings, 6),
+    (campaign.bit_rot, 8),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(("experiment", "trials"), BOTH_WAYS, ids=lambda value: getattr(value, "__name__", ""))
+def test_old_or_new(experiment: Callable[..., Result], trials: int, overwrite: bool, place: Scene) -> None:
+    check(experiment(place, trials, overwrite))
+
+
+@pytest.mark.parametrize(("experiment", "trials"), ONE_WAY, ids=lambda value: getattr(value, "__name__", ""))
+def test_right_or_refused(experiment: Callable[..., Result], trials: int, place: Scene) -> None:
+    check(experiment(place, trials))
+
+
+def test_calls_of_the_c_library_fail(tmp_path: Path) -> None:
+    library = campaign.shim(tmp_path)
+    if library is None:
+        pytest.skip("no C compiler")
+    with scene(tmp_path, LD_PRELOAD=str(library)) as shimmed:
+        check(campaign.below_python(shimmed, 10, False))
+
+
+def check(result: Result) -> None:
+    assert result.trials, "nothing was tried"
+    assert result.problems == []
+
+
+def test_the_checker_sees_what_it_forbids(place: Scene) -> None:
+    """The tests above would pass on anything if this failed."""
+    kinds: dict[str, Any] = {
+        "I1": lambda out: (out / "config.json").write_text("{}"),
+        "I2": lambda out: model.touch(),
+        "I3": lambda out: (out.parent / "stranger").mkdir(),
+        "I4": lambda out: None,
+        "I5": lambda out: (out / "model-00001-of-00004.safetensors").unlink(),
+    }
+    model = place.folder / "inputs" / "m0" / "model.safetensors"
+    when = model.stat().st_mtime_ns
+    for kind, damage in kinds.items():
+        with place.trial(overwrite=True) as out:
+            assert campaign.violations(out, place.overwriting, 1) == []
+            if kind != "I4":
+                copy_instead_of_links(out)
+            damage(out)
+            found = campaign.violations(out, place.overwriting, 0 if kind == "I4" else 1)
+            os.utime(model, ns=(when, when))
+            assert any(problem.startswith(kind) for problem in found)
+
+
+def copy_instead_of_links(folder: Path) -> None:
+    """The old result is linked into each trial, so that damage would reach all of them."""
+    for path in folder.iterdir():
+        content = path.read_bytes()
+        path.unlink()
+        path.write_bytes(content)
