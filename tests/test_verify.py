@@ -71,6 +71,15 @@ def test_a_flipped_bit_in_any_other_file_is_found_and_named(published: Path, fol
         flip(folder / name, 10)
 
 
+def test_a_flipped_bit_anywhere_in_a_header_is_found(folder: Path) -> None:
+    """Also where it changes nothing that a loader looks at."""
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    for offset in range(shard.read_bytes().index(b"data_offsets")):
+        flip(shard, offset)
+        assert any(shard.name in problem for problem in problems(folder)), offset
+        flip(shard, offset)
+
+
 @pytest.mark.parametrize("name", ["README.md", "config.json", "tokenizer.json"])
 def test_a_missing_file_is_named(name: str, folder: Path) -> None:
     (folder / name).unlink()
