@@ -20,6 +20,7 @@ COMMANDS = {
     "inspect": "What a checkpoint holds.",
     "methods": "The merge methods, their parameters and papers.",
     "verify": "Does an output still hold what its manifest says?",
+    "reproduce": "Does the recipe of an output give the same bits again?",
     "clean": "What have runs that were killed left behind?",
 }
 

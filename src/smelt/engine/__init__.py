@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .memory import merge_tensors
     from .planning import Plan
+    from .reproduction import Reproduction, reproduce
     from .residue import Leftover, leftovers, remove_leftovers
     from .restore import restore_task
     from .run import Artifact, merge
@@ -16,15 +17,15 @@ if TYPE_CHECKING:
     from .verification import verify
 
 __all__ = [
-    "Artifact", "Leftover", "Plan", "Soup", "choose_lambdas", "greedy_soup", "leftovers", "merge", "merge_tensors",
-    "plan", "remove_leftovers", "restore_task", "verify",
+    "Artifact", "Leftover", "Plan", "Reproduction", "Soup", "choose_lambdas", "greedy_soup", "leftovers", "merge",
+    "merge_tensors", "plan", "remove_leftovers", "reproduce", "restore_task", "verify",
 ]  # fmt: skip
 
 _HOMES = {
-    "Artifact": "run", "Leftover": "residue", "Plan": "planning", "Soup": "selection",
+    "Artifact": "run", "Leftover": "residue", "Plan": "planning", "Reproduction": "reproduction", "Soup": "selection",
     "choose_lambdas": "selection", "greedy_soup": "selection", "leftovers": "residue", "merge": "run",
-    "merge_tensors": "memory", "plan": "stages", "remove_leftovers": "residue", "restore_task": "restore",
-    "verify": "verification",
+    "merge_tensors": "memory", "plan": "stages", "remove_leftovers": "residue", "reproduce": "reproduction",
+    "restore_task": "restore", "verify": "verification",
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from .. import storage
@@ -34,12 +35,12 @@ def versions() -> dict[str, str]:
 def manifest(
     *, recipe: str, method: str, variant: str, seed: int, inputs: list[dict[str, Any]],
     statistics: list[dict[str, Any]], tensors: Mapping[str, Mapping[str, Any]], files: Mapping[str, str],
-    notices: list[str], measured: Sequence[dict[str, Any]] = (),
+    notices: list[str], measured: Sequence[dict[str, Any]] = (), options: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:  # fmt: skip
     """The manifest as plain data.
 
     ``tensors``: name -> dtype, shape, file, sha256; ``files``: name -> sha256; ``measured``: per model, the
-    parameters that the recipe left to files.
+    parameters that the recipe left to files; ``options``: those of the run that change bits.
     """
     return {
         "format": FORMAT,
@@ -48,6 +49,7 @@ def manifest(
         "method": method,
         "variant": variant,
         "seed": seed,
+        "options": dict(options),
         "inputs": inputs,
         "statistics": statistics,
         "measured": list(measured),

@@ -277,4 +277,8 @@ def _memory_problems(made: Plan) -> list[str]:
     needed, given = made.peak_memory, made.options.memory
     if needed <= given:
         return []
-    return [f"memory: {needed >> 20}MiB are needed with {made.options.threads} threads, {given >> 20}MiB allowed"]
+    alone = replace(made, options=replace(made.options, threads=1)).peak_memory
+    return [
+        f"memory: {-(-needed >> 20)}MiB are needed with {made.options.threads} threads and {-(-alone >> 20)}MiB "
+        f"with 1, {given >> 20}MiB allowed"
+    ]

@@ -283,9 +283,18 @@ def _write_side_files(plan: Plan, folder: Path, title: str, tensors: dict[str, A
         inputs=[identity(item, plan.inputs.ledger) for item in plan.inputs],
         statistics=[identity(item, plan.inputs.ledger) for item in plan.inputs.beside.values()],
         measured=[_measured(plan, *found) for found in plan.measured],
-        tensors=tensors, files=sums_of(folder, files), notices=notices,
+        tensors=tensors, files=sums_of(folder, files), notices=notices, options=_options(plan),
     )  # fmt: skip
     storage.write_small(folder / NAME, dump(content))
+
+
+def _options(plan: Plan) -> dict[str, Any]:
+    """What must be the same for the same bits."""
+    options = plan.options
+    return {
+        "on_extra": options.on_extra, "on_nonfinite": options.on_nonfinite, "raw": options.raw, "card": options.card,
+        "shard_size": plan.shard_size, "truncate_embeddings": options.truncate_embeddings,
+    }  # fmt: skip
 
 
 def _model_files(plan: Plan, title: str, notices: Sequence[str]) -> dict[str, bytes]:
