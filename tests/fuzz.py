@@ -93,6 +93,8 @@ def corpus(folder: Path) -> dict[Callable[[bytes, Path], str], list[bytes]]:
                 seeds += [path.read_bytes()] if path.is_file() and path.stat().st_size < 10_000 else []
     found[INDEX].append(json.dumps({"metadata": {}, "weight_map": {"a": ONE, "b": TWO}}).encode())
     told = {"format": 1, "tensors": {"a": {"dtype": "F32", "shape": [2], "sha256": "0"}}, "files": {"b": "1"}}
+    found[FILE] += found[FILE][:2] * 50  # changes of good files find what is accepted wrongly
+    found[INDEX] += found[INDEX][-1:] * 20
     return {header: found[FILE], index: found[INDEX], manifest: [json.dumps(told).encode()], recipe: RECIPES}
 
 

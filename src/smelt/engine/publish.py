@@ -106,12 +106,12 @@ def staging(
             yield home / "new"
             with storage.uninterrupted():
                 storage.publish_directory(home / "new", out.absolute(), overwrite=overwrite)
+                _discard(home, warn or (lambda message: None))
         except BaseException as error:
             if not keep or isinstance(error, SyncFailed):
                 with contextlib.suppress(OperationFailed):  # what went wrong first is what is told
                     storage.remove_tree(home)
             raise
-        _discard(home, warn or (lambda message: None))
 
 
 def _discard(home: Path, warn: Callable[[str], None]) -> None:
