@@ -28,6 +28,8 @@ ELSEWHERE = {
     69: "test_bad_models.test_settings_that_training_may_change_are_only_strictly_refused",
     73: "test_bad_values.test_the_same_weights_twice_are_warned_about",
     99: "test_recipe_mistakes.BAD",
+    100: "test_recipe_mistakes.test_limits",
+    101: "test_recipe_mistakes.test_limits",
     102: "test_recipe_mistakes.BAD",
     103: "test_recipe_mistakes.BAD",
     104: "test_recipe_mistakes.BAD",
@@ -44,12 +46,10 @@ ELSEWHERE = {
 
 #: What is missing, and why.
 NOT_YET = {
-    39: "masks are checked for 0 and 1 in memory alone",
+    39: "whatever is not 0 in a mask counts as 1",
     72: "told by the architecture; no generator",
-    100: "limited; no generator of its own",
-    101: "limited; no generator of its own",
     119: "there are no plug-ins",
-    125: "singular Gram matrices are tested with RegMean",
+    125: "RegMean takes singular matrices as they are; no generator",
     **dict.fromkeys(range(78, 89), "quantised inputs are refused as a whole (76)"),
     **dict.fromkeys(range(89, 99), "adapters are refused as a whole (57)"),
     **dict.fromkeys(range(126, 136), "pickles are refused as a whole (56)"),
