@@ -1,0 +1,94 @@
+"""Weighted sums of low-rank products, without ever making the matrices.
+
+    D = sum_i c_i B_i A_i = B A,    B = [sqrt|c_1| B_1, sqrt|c_2| B_2, ..],    A = [sign(c_1) sqrt|c_1| A_1; ..]
+
+exactly, with R the sum of the ranks. Of the thin decompositions B = Q_B R_B and A^T = Q_A R_A only the small
+triangles are made: the singular values of D are those of their product, and so are its vectors, times the values:
+
+    R_B R_A^T = u diag(s) v^T,    U diag(s) = B R_A^T v,    diag(s) V^T = u^T R_B A
+
+so that nothing is solved for, and cutting off the smallest values gives the best approximation of the exact sum
+(Eckart and Young, 1936). Everything is fp64. Cost: O((m + n) R^2), where D alone would cost m n R.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import sqrt
+from typing import NamedTuple
+
+import numpy as np
+
+from ..methods.spectral import triplets
+from .lowrank import Array, Limits, LowRank, Matrix, rank_within, signs
+
+#: Singular values up to this share of the norms of B and A are what rounding makes of zero.
+_ROUNDING = 10 * float(np.finfo(np.float64).eps)
+
+
+class Term(NamedTuple):
+    """``scale`` times B (m, r) times A (r, n)."""
+
+    b: Array
+    a: Array
+    scale: float
+
+
+def side_by_side(terms: Sequence[Term]) -> tuple[Matrix, Matrix]:
+    """B (m, R) and A (R, n) whose product is the sum of the terms (one or more); a negative scale turns A's sign."""
+    roots = [sqrt(abs(term.scale)) for term in terms]
+    b = [root * term.b.astype(np.float64) for root, term in zip(roots, terms, strict=True)]
+    a = [np.copysign(root, term.scale) * term.a.astype(np.float64) for root, term in zip(roots, terms, strict=True)]
+    return np.concatenate(b, axis=1), np.concatenate(a, axis=0)
+
+
+def summed(terms: Sequence[Term], limits: Limits) -> LowRank:
+    """The best approximation of the sum of the terms within ``limits``; without limits the sum itself.
+
+    Directions that rounding alone makes (equal adapters, adapters that cancel) are left out, so the rank may
+    be below R. The sign of each direction is that of :func:`smelt.adapters.lowrank.low_rank`.
+    """
+    b, a = side_by_side(terms)
+    left, right = np.linalg.qr(b, mode="r"), np.linalg.qr(a.T, mode="r")
+    u, sigma, vt = np.linalg.svd(left @ right.T, full_matrices=False)
+    floor = _ROUNDING * max(len(b), a.shape[1]) * float(np.linalg.norm(left)) * float(np.linalg.norm(right))
+    rank = rank_within(limits, sigma * sigma, floor * floor)
+    kept = sigma[:rank]
+    outer = b @ (right.T @ (vt[:rank].T / kept))
+    inner = ((u[:, :rank] / kept).T @ left) @ a
+    sign = signs(inner.T if len(b) >= a.shape[1] else outer)
+    return LowRank(outer * sign, kept, sign[:, None] * inner, float(np.linalg.norm(sigma)), sigma)
+
+
+def apart(found: LowRank, b: Array, a: Array) -> float:
+    """Frobenius norm of ``found - b a``, down to about 1e-8 of the norms; factors (m, r), (r, n) as they are stored."""
+    outer = np.concatenate([found.left * found.sigma, -b.astype(np.float64)], axis=1)
+    inner = np.concatenate([found.right, a.astype(np.float64)], axis=0)
+    return sqrt(max(0.0, float(np.vdot(outer.T @ outer, inner @ inner.T))))
+
+
+class Core(NamedTuple):
+    """The space that all terms of a module share: orthonormal columns (m, p) and (n, q), and each term in it (p, q).
+
+    Panariello et al., "Accurate and efficient low-rank model merging in core space", NeurIPS 2025,
+    https://arxiv.org/abs/2509.17786: the singular vectors of the factors side by side, as they are.
+    """
+
+    left: Matrix
+    right: Matrix
+    terms: list[Matrix]
+
+    def outside(self, merged: Matrix) -> Term:
+        """A matrix of the core (p, q) as a term."""
+        return Term(self.left @ merged, self.right.T, 1.0)
+
+
+def core(terms: Sequence[Term]) -> Core:
+    """Of one or more terms. Nothing is lost: ``left @ terms[i] @ right.T`` is the i-th."""
+    left = triplets(np.concatenate([term.b for term in terms], axis=1)).left
+    right = triplets(np.concatenate([term.a for term in terms], axis=0)).right
+    return Core(left, right, [term.scale * (left.T @ term.b) @ (term.a @ right) for term in terms])
+
+
+#: No limits: all directions that there are.
+EVERYTHING = Limits(rank=1 << 62, error=None, sv_epsilon=0.0)
