@@ -17,7 +17,7 @@ def term(m: int, n: int, rank: int, scale: float, seed: int = 0) -> Term:
 
 
 def dense(terms: list[Term]) -> Any:
-    return sum(t.scale * (t.b.astype("f8") @ t.a.astype("f8")) for t in terms)
+    return sum(t.factor * (t.b.astype("f8") @ t.a.astype("f8")) for t in terms)
 
 
 def matrix(found: LowRank) -> Any:
@@ -52,9 +52,9 @@ def test_the_nearest_of_a_rank_and_of_an_error(m: int, n: int) -> None:
 
 def test_what_cancels_and_what_repeats_takes_no_rank() -> None:
     a = term(40, 30, 4, 1.5)
-    assert summed([a, a._replace(scale=-1.5)], EVERYTHING).rank == 0
+    assert summed([a, a._replace(scaling=-1.5)], EVERYTHING).rank == 0
     assert summed([a, a, a], EVERYTHING).rank == 4
-    assert summed([a, a._replace(scale=0.0)], EVERYTHING).rank == 4
+    assert summed([a, a._replace(scaling=0.0)], EVERYTHING).rank == 4
     assert summed([a._replace(b=0 * a.b)], EVERYTHING).rank == 0
     shared = Term(term(40, 30, 4, 1, seed=2).b, a.a, 0.3)
     assert summed([a, shared], EVERYTHING).rank == 4
@@ -63,7 +63,7 @@ def test_what_cancels_and_what_repeats_takes_no_rank() -> None:
 def test_signs_are_fixed() -> None:
     """Neither the order of the adapters nor the signs inside their factors turn a direction round."""
     terms = [term(30, 20, 3, 0.5, seed) for seed in range(3)]
-    turned = [Term(-t.b, -t.a, t.scale) for t in reversed(terms)]
+    turned = [Term(-t.b, -t.a, t.scaling) for t in reversed(terms)]
     one, other = summed(terms, Limits(5)), summed(turned, Limits(5))
     assert one.left == pytest.approx(other.left, abs=1e-9)
     assert one.right == pytest.approx(other.right, abs=1e-9)

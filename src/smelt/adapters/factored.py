@@ -27,18 +27,23 @@ _ROUNDING = 10 * float(np.finfo(np.float64).eps)
 
 
 class Term(NamedTuple):
-    """``scale`` times B (m, r) times A (r, n)."""
+    """``weight`` times ``scaling`` times B (m, r) times A (r, n): an adapter's own factor, and its part in a sum."""
 
     b: Array
     a: Array
-    scale: float
+    scaling: float
+    weight: float = 1.0
+
+    @property
+    def factor(self) -> float:
+        return self.weight * self.scaling
 
 
 def side_by_side(terms: Sequence[Term]) -> tuple[Matrix, Matrix]:
-    """B (m, R) and A (R, n) whose product is the sum of the terms (one or more); a negative scale turns A's sign."""
-    roots = [sqrt(abs(term.scale)) for term in terms]
+    """B (m, R) and A (R, n) whose product is the sum of the terms (one or more); a negative factor turns A's sign."""
+    roots = [sqrt(abs(term.factor)) for term in terms]
     b = [root * term.b.astype(np.float64) for root, term in zip(roots, terms, strict=True)]
-    a = [np.copysign(root, term.scale) * term.a.astype(np.float64) for root, term in zip(roots, terms, strict=True)]
+    a = [np.copysign(root, term.factor) * term.a.astype(np.float64) for root, term in zip(roots, terms, strict=True)]
     return np.concatenate(b, axis=1), np.concatenate(a, axis=0)
 
 
@@ -84,10 +89,10 @@ class Core(NamedTuple):
 
 
 def core(terms: Sequence[Term]) -> Core:
-    """Of one or more terms. Nothing is lost: ``left @ terms[i] @ right.T`` is the i-th."""
+    """Of one or more terms. Nothing is lost: ``left @ terms[i] @ right.T`` is the i-th without its weight."""
     left = triplets(np.concatenate([term.b for term in terms], axis=1)).left
     right = triplets(np.concatenate([term.a for term in terms], axis=0)).right
-    return Core(left, right, [term.scale * (left.T @ term.b) @ (term.a @ right) for term in terms])
+    return Core(left, right, [term.scaling * (left.T @ term.b) @ (term.a @ right) for term in terms])
 
 
 #: No limits: all directions that there are.
