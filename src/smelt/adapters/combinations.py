@@ -24,7 +24,7 @@ from typing import Literal
 
 import numpy as np
 
-from ..errors import UsageError, show
+from ..errors import show
 from ..kernels.random import drawn, key_of, words
 from .factored import Term, summed
 from .lowrank import Array, Difference, Limits, LowRank, low_rank
@@ -120,7 +120,9 @@ class Combination:
         elif pruning == "random":
             keys = [key_of(self.seed, name, place) for place in places]
             tensors = [drawn_from(tensor, density, key) for tensor, key in zip(tensors, keys, strict=True)]
-        return elected(tensors, weights, self.majority_sign_method == "frequency") if elects else total(tensors, weights)
+        return (
+            elected(tensors, weights, self.majority_sign_method == "frequency") if elects else total(tensors, weights)
+        )
 
 
 def single(values: Array) -> Array:
@@ -135,13 +137,13 @@ def largest(values: Array, density: float) -> Array:
     bar = np.partition(sizes, values.size - count)[values.size - count]
     kept = sizes > bar
     kept[np.flatnonzero(sizes == bar)[: count - int(kept.sum())]] = True
-    return values * kept.reshape(values.shape)
+    return np.asarray(values * kept.reshape(values.shape))
 
 
 def drawn_from(values: Array, density: float, key: tuple[int, int]) -> Array:
     """Each element with probability ``density``, divided by it; zeros elsewhere."""
     kept = drawn(words(key, 0, values.size), density).reshape(values.shape)
-    return values * kept / np.float32(density)
+    return np.asarray(values * kept / np.float32(density))
 
 
 def total(tensors: Sequence[Array], weights: Sequence[float]) -> Array:
@@ -158,4 +160,5 @@ def elected(tensors: Sequence[Array], weights: Sequence[float], by_frequency: bo
     direction = np.where(votes >= 0, 1, -1)
     agreeing = [np.sign(tensor) == direction for tensor in tensors]
     count = np.maximum(1, np.sum(agreeing, axis=0)).astype(np.float32)
-    return total([tensor * agrees for tensor, agrees in zip(tensors, agreeing, strict=True)], weights) / count
+    merged = total([tensor * agrees for tensor, agrees in zip(tensors, agreeing, strict=True)], weights)
+    return np.asarray(merged / count)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from math import hypot
 from pathlib import Path
@@ -17,8 +16,7 @@ from ..engine.execute import usable_cores
 from ..engine.progress import Progress, Silent
 from ..engine.publish import check_destination
 from ..engine.spool import Spool
-from ..errors import InputRejected, UsageError, show
-from ..kernels.blas import one_thread
+from ..errors import InputRejected
 from ..kernels.dtypes import rounded
 from ..kernels.program import Operand
 from ..recipe import parse_size
@@ -26,8 +24,9 @@ from .lowrank import Array, Limits, factors, low_rank, residual
 from .modules import Module
 from .options import Options
 from .pair import Pair
-from .peft import CONFIG, config, factor_names, key
-from .report import Extraction, ModuleReport, notices, readme
+from .peft import CONFIG, config, factor_names, key, short, task_of
+from .pool import for_each
+from .report import AdapterArtifact, ModuleReport, notices, readme
 
 
 @dataclass
@@ -45,7 +44,7 @@ def extract_lora(
     save_modules: Sequence[str] = (), include: Sequence[str] = (), exclude: Sequence[str] = (),
     skip_undecomposable: bool = False, factor_dtype: str = "float32", threads: int | None = None,
     memory: str | int = "4GiB", progress: Progress | None = None,
-) -> Extraction:  # fmt: skip
+) -> AdapterArtifact:  # fmt: skip
     """Publish the PEFT adapter that leads from ``base`` to ``model`` as the new folder ``out``.
 
     Each matrix of the difference is replaced by its best approximation of low rank. What has no such form
@@ -93,24 +92,10 @@ class _Extractor:
 
     def run(self, threads: int, memory: int, progress: Progress) -> list[Part]:
         """The parts of all modules, in the order of their names, many at once."""
-        modules = self._pair.modules
-        needs = {module.name: self._memory(module) for module in modules}
-        largest = max(needs, key=needs.__getitem__)
-        most = needs[largest]
-        if most > memory:
-            raise UsageError(f"memory must be at least {-(-most >> 20)}MiB, for module {show(largest)}")
-        progress.start(sum(map(self._pair.nbytes, modules)), "decomposing")
-
-        def make(module: Module) -> Part:
-            part = self._part(module)
-            progress.advance(self._pair.nbytes(module))
-            return part
-
-        try:
-            with one_thread(), ThreadPoolExecutor(min(threads, memory // most), "smelt") as pool:
-                return list(pool.map(make, modules))
-        finally:
-            progress.finish()
+        return for_each(
+            self._pair.modules, self._part, needs=self._memory, nbytes=self._pair.nbytes,
+            threads=threads, memory=memory, progress=progress, label="decomposing",
+        )  # fmt: skip
 
     def _memory(self, module: Module) -> int:
         """Both tensors; the Gram matrix, its eigenvectors and their workspace; strips; the factors in fp64."""
@@ -148,7 +133,9 @@ class _Extractor:
             return self._whole(module, norm, "its bias differs") if shift else _left_out(module, norm, _why(norm))
         swapped = module.transposed or module.kind == "embedding"
         b, a = factors(found.transposed if swapped else found, options.distribute_scale, options.dtype)
-        tensors: dict[str, Operand] = dict(zip(factor_names(module), self._spooled(module, a, b), strict=True))
+        tensors: dict[str, Operand] = dict(
+            zip(factor_names(module.name, module.kind == "embedding"), self._spooled(module, a, b), strict=True)
+        )
         if shift:
             tensors[key(module.name, "lora_B.bias")] = self._spool.put(rounded(bias, options.dtype))
         error = residual(difference, *((a.T, b.T) if swapped else (b, a)))
@@ -164,7 +151,9 @@ class _Extractor:
 
     # --- the adapter ------------------------------------------------------------------------------------
 
-    def publish(self, out: Path, parts: Sequence[Part], threads: int | None, progress: Progress | None) -> Extraction:
+    def publish(
+        self, out: Path, parts: Sequence[Part], threads: int | None, progress: Progress | None
+    ) -> AdapterArtifact:
         """Everything that has a part, in one file, with PEFT's description of it."""
         reports = [part.report for part in parts]
         tensors = {name: operand for part in parts for name, operand in part.tensors.items()}
@@ -176,7 +165,7 @@ class _Extractor:
         shard = plan_file(ADAPTER, [TensorInfo(name, o.dtype, o.shape) for name, o in sorted(tensors.items())])
         files = {CONFIG: self._config(parts), "README.md": readme(out.name, self._base_name, reports).encode()}
         done = publish(out, self._work, tensors, files, shards=[shard], threads=threads, progress=progress)
-        return Extraction(**vars(done), modules=reports)
+        return AdapterArtifact(**vars(done), modules=reports)
 
     @property
     def _base_name(self) -> str:
@@ -185,13 +174,14 @@ class _Extractor:
     def _config(self, parts: Sequence[Part]) -> bytes:
         ranks = {part.module.name: part.report.rank for part in parts if part.report.stored == "low rank"}
         architectures = self._pair.model.checkpoint.config.get("architectures") or [None]
+        modules, parameters = self._pair.modules, [name for part in parts for name in part.tensors]
         return config(
             ranks,
-            [part.module.name for part in parts if part.report.stored == "whole"],
-            self._pair.modules,
+            targets=short(ranks, modules),
+            whole=short([part.module.name for part in parts if part.report.stored == "whole"], modules),
             base=self._base_name,
-            bias=any(name.endswith("lora_B.bias") for part in parts for name in part.tensors),
-            architecture=architectures[0],
+            bias=any(name.endswith("lora_B.bias") for name in parameters),
+            task=task_of(architectures[0]),
             transposed=any(part.module.transposed for part in parts if part.report.rank),
         )
 

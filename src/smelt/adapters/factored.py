@@ -22,8 +22,8 @@ import numpy as np
 from ..methods.spectral import triplets
 from .lowrank import Array, Limits, LowRank, Matrix, rank_within, signs
 
-#: Singular values up to this share of the norms of B and A are what rounding makes of zero.
-_ROUNDING = 10 * float(np.finfo(np.float64).eps)
+#: No limits: all directions that there are.
+EVERYTHING = Limits(rank=1 << 62)
 
 
 class Term(NamedTuple):
@@ -54,15 +54,31 @@ def summed(terms: Sequence[Term], limits: Limits) -> LowRank:
     be below R. The sign of each direction is that of :func:`smelt.adapters.lowrank.low_rank`.
     """
     b, a = side_by_side(terms)
-    left, right = np.linalg.qr(b, mode="r"), np.linalg.qr(a.T, mode="r")
+    left, right = _triangle(b), _triangle(a.T)
     u, sigma, vt = np.linalg.svd(left @ right.T, full_matrices=False)
-    floor = _ROUNDING * max(len(b), a.shape[1]) * float(np.linalg.norm(left)) * float(np.linalg.norm(right))
-    rank = rank_within(limits, sigma * sigma, floor * floor)
+    size = float(np.linalg.norm(left)) * float(np.linalg.norm(right))
+    rank = rank_within(limits, sigma * sigma, _lost(size, (len(b), a.shape[1])))
     kept = sigma[:rank]
     outer = b @ (right.T @ (vt[:rank].T / kept))
     inner = ((u[:, :rank] / kept).T @ left) @ a
-    sign = signs(inner.T if len(b) >= a.shape[1] else outer)
-    return LowRank(outer * sign, kept, sign[:, None] * inner, float(np.linalg.norm(sigma)), sigma)
+    return _signed(outer, inner, sigma)
+
+
+def _triangle(tall: Matrix) -> Matrix:
+    """R of the thin decomposition Q R."""
+    return np.asarray(np.linalg.qr(tall, mode="r"))
+
+
+def _lost(size: float, shape: tuple[int, int]) -> float:
+    """The square of the singular values that rounding makes of zero, in what was computed from norms of ``size``."""
+    return float((10 * np.finfo(np.float64).eps * max(shape) * size) ** 2)
+
+
+def _signed(outer: Matrix, inner: Matrix, sigma: Matrix) -> LowRank:
+    """Of singular vectors (m, r) and (r, n) and all singular values."""
+    sign = signs(inner.T if len(outer) >= inner.shape[1] else outer)
+    rank = len(inner)
+    return LowRank(outer * sign, sigma[:rank], sign[:, None] * inner, float(np.linalg.norm(sigma)), sigma)
 
 
 def apart(found: LowRank, b: Array, a: Array) -> float:
@@ -83,9 +99,11 @@ class Core(NamedTuple):
     right: Matrix
     terms: list[Matrix]
 
-    def outside(self, merged: Matrix) -> Term:
-        """A matrix of the core (p, q) as a term."""
-        return Term(self.left @ merged, self.right.T, 1.0)
+    def outside(self, merged: Array, limits: Limits) -> LowRank:
+        """What a matrix of the core (p, q) is in the module, within ``limits``."""
+        u, sigma, vt = np.linalg.svd(merged.astype(np.float64), full_matrices=False)
+        rank = rank_within(limits, sigma * sigma, _lost(float(np.linalg.norm(sigma)), merged.shape))
+        return _signed(self.left @ u[:, :rank], vt[:rank] @ self.right.T, sigma)
 
 
 def core(terms: Sequence[Term]) -> Core:
@@ -93,7 +111,3 @@ def core(terms: Sequence[Term]) -> Core:
     left = triplets(np.concatenate([term.b for term in terms], axis=1)).left
     right = triplets(np.concatenate([term.a for term in terms], axis=0)).right
     return Core(left, right, [term.scaling * (left.T @ term.b) @ (term.a @ right) for term in terms])
-
-
-#: No limits: all directions that there are.
-EVERYTHING = Limits(rank=1 << 62, error=None, sv_epsilon=0.0)

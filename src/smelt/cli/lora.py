@@ -12,7 +12,7 @@ from .output import plain, print_json, print_table
 from .progress import bar
 
 if TYPE_CHECKING:
-    from ..adapters import Extraction
+    from ..adapters import AdapterArtifact
 
 
 @click.group(short_help="Make adapters from models.", context_settings={"help_option_names": ["-h", "--help"]})
@@ -62,7 +62,7 @@ def extract(base: str, model: str, out: str, as_json: bool, **options: Any) -> N
     print(result.path)
 
 
-def _show(result: Extraction) -> None:
+def _show(result: AdapterArtifact) -> None:
     if settings().quiet:
         return
     for warning in result.warnings:
