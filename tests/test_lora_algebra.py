@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from smelt.adapters.factored import EVERYTHING, Term, apart, core, summed
-from smelt.adapters.lowrank import Limits, LowRank
+from smelt.adapters.factored import EVERYTHING, Term, apart, core, rounding, summed
+from smelt.adapters.lowrank import Limits, LowRank, factors
 
 
 def term(m: int, n: int, rank: int, scale: float, seed: int = 0) -> Term:
@@ -24,7 +24,7 @@ def matrix(found: LowRank) -> Any:
     return (found.left * found.sigma) @ found.right
 
 
-SHAPES = [(40, 30), (30, 40), (6, 50), (50, 6), (5, 4), (1, 7)]
+SHAPES = [(40, 30), (30, 2100), (6, 50), (50, 6), (5, 4), (1, 7)]
 MIXED = [(3, 0.7), (5, -1.3), (1, 2.0)]
 
 
@@ -75,6 +75,16 @@ def test_the_distance_that_is_told() -> None:
     found, b, a = summed(terms, Limits(5)), term(30, 20, 2, 1).b, term(30, 20, 2, 1).a
     assert apart(found, b, a) == pytest.approx(np.linalg.norm(matrix(found) - b @ a), rel=1e-6)
     assert apart(found, found.left * found.sigma, found.right) < 1e-7 * found.norm
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_what_rounding_changes(dtype: str) -> None:
+    """Also where it is far below what a difference of squares could tell."""
+    found = summed([term(30, 20, 3, 0.5, seed) for seed in range(3)], Limits(5))
+    b, a = factors(found, True, dtype)
+    wanted = np.linalg.norm(matrix(found) - b.astype("f8") @ a.astype("f8"))
+    assert rounding(found, b, a) == pytest.approx(wanted, rel=1e-5)
+    assert wanted > 1e-9 * found.norm
 
 
 @pytest.mark.parametrize(("m", "n"), SHAPES)

@@ -14,13 +14,15 @@ so that nothing is solved for, and cutting off the smallest values gives the bes
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import sqrt
+from math import copysign, sqrt
 from typing import NamedTuple
 
 import numpy as np
 
 from ..methods.spectral import triplets
 from .lowrank import Array, Limits, LowRank, Matrix, rank_within, signs
+
+_STRIP = 1024
 
 #: No limits: all directions that there are.
 EVERYTHING = Limits(rank=1 << 62)
@@ -41,10 +43,15 @@ class Term(NamedTuple):
 
 def side_by_side(terms: Sequence[Term]) -> tuple[Matrix, Matrix]:
     """B (m, R) and A (R, n) whose product is the sum of the terms (one or more); a negative factor turns A's sign."""
-    roots = [sqrt(abs(term.factor)) for term in terms]
-    b = [root * term.b.astype(np.float64) for root, term in zip(roots, terms, strict=True)]
-    a = [np.copysign(root, term.factor) * term.a.astype(np.float64) for root, term in zip(roots, terms, strict=True)]
-    return np.concatenate(b, axis=1), np.concatenate(a, axis=0)
+    width = sum(term.b.shape[1] for term in terms)
+    b, a = np.empty((len(terms[0].b), width)), np.empty((width, terms[0].a.shape[1]))
+    end = 0
+    for term in terms:
+        part = slice(end, end := end + term.b.shape[1])
+        root = sqrt(abs(term.factor))
+        np.multiply(term.b, root, out=b[:, part], dtype=np.float64)
+        np.multiply(term.a, copysign(root, term.factor), out=a[part], dtype=np.float64)
+    return b, a
 
 
 def summed(terms: Sequence[Term], limits: Limits) -> LowRank:
@@ -65,8 +72,11 @@ def summed(terms: Sequence[Term], limits: Limits) -> LowRank:
 
 
 def _triangle(tall: Matrix) -> Matrix:
-    """R of the thin decomposition Q R."""
-    return np.asarray(np.linalg.qr(tall, mode="r"))
+    """R of the thin decomposition Q R, strip after strip, each of which stays in the cache."""
+    found = tall[:0]
+    for start in range(0, len(tall), _STRIP):
+        found = np.asarray(np.linalg.qr(np.concatenate([found, tall[start : start + _STRIP]]), mode="r"))
+    return found
 
 
 def _lost(size: float, shape: tuple[int, int]) -> float:
@@ -81,11 +91,24 @@ def _signed(outer: Matrix, inner: Matrix, sigma: Matrix) -> LowRank:
     return LowRank(outer * sign, sigma[:rank], sign[:, None] * inner, float(np.linalg.norm(sigma)), sigma)
 
 
-def apart(found: LowRank, b: Array, a: Array) -> float:
-    """Frobenius norm of ``found - b a``, down to about 1e-8 of the norms; factors (m, r), (r, n) as they are stored."""
-    outer = np.concatenate([found.left * found.sigma, -b.astype(np.float64)], axis=1)
-    inner = np.concatenate([found.right, a.astype(np.float64)], axis=0)
+def norm_of(outer: Matrix, inner: Matrix) -> float:
+    """Frobenius norm of ``outer inner``, (m, k) times (k, n), to eight digits or so of what the factors' norms allow."""
     return sqrt(max(0.0, float(np.vdot(outer.T @ outer, inner @ inner.T))))
+
+
+def apart(found: LowRank, b: Array, a: Array) -> float:
+    """``|found - b a|`` with other factors (m, r) and (r, n), fp64."""
+    return norm_of(np.concatenate([found.left * found.sigma, -b], axis=1), np.concatenate([found.right, a]))
+
+
+def rounding(found: LowRank, b: Array, a: Array) -> float:
+    """``|found - b a|`` with its own factors as they are stored, each with the root of the values.
+
+    With L R exact, L R - b a = (L - b) R + b (R - a): sums of small things instead of the difference of large ones.
+    """
+    root, stored = np.sqrt(found.sigma), (b.astype(np.float64), a.astype(np.float64))
+    outer, inner = found.left * root, root[:, None] * found.right
+    return norm_of(np.concatenate([outer - stored[0], stored[0]], axis=1), np.concatenate([inner, inner - stored[1]]))
 
 
 class Core(NamedTuple):

@@ -18,7 +18,7 @@ from ..engine import merge_tensors
 from ..kernels.dtypes import rounded
 from ..methods import get
 from .combinations import Combination
-from .factored import EVERYTHING, Term, apart, core, summed
+from .factored import EVERYTHING, Term, apart, core, rounding, summed
 from .lowrank import Array, Limits, LowRank, Matrix, factors
 
 
@@ -59,7 +59,8 @@ class Compatible:
         wide = np.pad(b, ((0, 0), (0, missing))), np.pad(a, ((0, missing), (0, 0)))
         b, a = (rounded(factor.astype(np.float64), dtype) for factor in wide)
         exact = summed(terms, EVERYTHING)
-        return Result(b, a, exact.norm, apart(exact, self.scaling * b.astype(np.float64), a))
+        error = apart(exact, self.scaling * b.astype(np.float64), a.astype(np.float64))
+        return Result(b, a, exact.norm, error)
 
 
 @dataclass
@@ -99,4 +100,4 @@ def _stored(found: LowRank, dtype: str) -> Result:
     """The factors, rounded; the error is what was cut off and what rounding changed."""
     b, a = factors(found, True, dtype)
     cut = float(np.linalg.norm(found.spectrum[found.rank :]))
-    return Result(b, a, found.norm, hypot(cut, apart(found, b, a)))
+    return Result(b, a, found.norm, hypot(cut, rounding(found, b, a)))
