@@ -48,8 +48,8 @@ __all__ = [
 _HOMES = {
     "Artifact": "engine", "Checkpoint": "checkpoint", "Plan": "engine", "Soup": "engine", "check": "diagnosis",
     "choose_lambdas": "engine", "extract_lora": "adapters", "greedy_soup": "engine", "load": "checkpoint",
-    "merge": "engine", "merge_lora": "adapters", "merge_tensors": "engine", "plan": "engine", "restore_task": "engine", "stack": "stacking",
-    "transplant_tokenizer": "transplant", "verify": "engine",
+    "merge": "engine", "merge_lora": "adapters", "merge_tensors": "engine", "plan": "engine", "restore_task": "engine",
+    "stack": "stacking", "transplant_tokenizer": "transplant", "verify": "engine",
 }  # fmt: skip
 
 

@@ -92,7 +92,7 @@ def _signed(outer: Matrix, inner: Matrix, sigma: Matrix) -> LowRank:
 
 
 def norm_of(outer: Matrix, inner: Matrix) -> float:
-    """Frobenius norm of ``outer inner``, (m, k) times (k, n), to eight digits or so of what the factors' norms allow."""
+    """Frobenius norm of ``outer inner``, (m, k) times (k, n); what is below 1e-8 of the factors' norms is lost."""
     return sqrt(max(0.0, float(np.vdot(outer.T @ outer, inner @ inner.T))))
 
 

@@ -14,7 +14,7 @@ COMMANDS = {
     "merge": "Run a recipe: merge models into a new folder.",
     "explain": "What a recipe does with each tensor.",
     "check": "Can these models be merged, and how best?",
-    "lora": "Make adapters from models.",
+    "lora": "Make and merge adapters.",
     "stack": "A recipe that stacks, repeats, drops or shuffles layers.",
     "tokenizer": "Give models other vocabularies.",
     "inspect": "What a checkpoint holds.",
