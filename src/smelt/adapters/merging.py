@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoint import ADAPTER, TensorInfo, plan_file
-from ..checkpoint.adapter import Adapter
+from ..checkpoint import ADAPTER, Adapter, TensorInfo, open_adapter, plan_file
 from ..engine.artefact import Work, publish
 from ..engine.card import is_hub_id, public_name
 from ..engine.execute import usable_cores
@@ -26,7 +25,6 @@ from ..recipe import ModelReference, Position, parse_size
 from .factored import Term, core
 from .lowrank import Array, Matrix
 from .merge_options import MergeOptions
-from .opening import open_adapter
 from .peft import CONFIG, config, factor_names, key
 from .pieces import Piece, pieces_of, saved_of, targets_of
 from .pool import for_each
@@ -44,7 +42,7 @@ class Part:
 
 
 def merge_lora(
-    adapters: Sequence[str | Path], out: str | Path, *, weights: Sequence[float] | None = None,
+    adapters: Sequence[str | Path | Adapter], out: str | Path, *, weights: Sequence[float] | None = None,
     rank: int | None = None, error: float | None = None, combination_type: str | None = None,
     density: float | None = None, majority_sign_method: str | None = None, method: str | None = None,
     parameters: Mapping[str, Any] | None = None, seed: int = 0, factor_dtype: str = "float32",
@@ -57,7 +55,7 @@ def merge_lora(
 
     Parameters
     ----------
-    adapters: folders or hub ids of LoRA adapters in PEFT's format.
+    adapters: folders or hub ids of LoRA adapters in PEFT's format, or opened ones, which are closed.
     weights: one for each; 1 by default, which is the plain sum.
     rank: the most directions per module; the nearest adapter of that rank.
     error: of these, take as few as leave this relative error (0.1: a tenth of the norm of the sum).

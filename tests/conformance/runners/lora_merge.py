@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors.numpy import save_file
+
 import smelt
 from smelt.checkpoint import load_adapter
 from tests.lora_files import changes, save_adapter
@@ -50,18 +52,19 @@ def _in_core(inputs: Inputs, parameters: dict[str, Any], folder: Path) -> Arrays
         for place, tensors in enumerate(inputs.each("model"))
     ]
     level, scale = parameters.get("isotropize"), parameters["scaling_coeff"]
-    method, options = _method(parameters, 1.0 if level else scale)
+    method, options = _method(parameters, 1.0 if level else scale, len(paths))
     smelt.merge_lora(paths, folder / "merged", method=method, parameters=options)
     if level:
         smelt.merge_lora([folder / "merged"], folder / "level", method="iso", parameters={"alpha": scale})
-    moved = changes(folder / ("level" if level else "merged"))
-    return {name: (base + moved[name.removesuffix(".weight")]).astype("f4") for name, base in inputs.base.items()}
+    save_file(inputs.base, folder / "base.safetensors")
+    with smelt.load(f"{folder / 'base.safetensors'}+{folder / ('level' if level else 'merged')}") as adapted:
+        return dict(adapted)
 
 
-def _method(parameters: Mapping[str, Any], scale: float) -> tuple[str, dict[str, Any]]:
+def _method(parameters: Mapping[str, Any], scale: float, count: int) -> tuple[str, dict[str, Any]]:
     name = parameters["merge_method"]
-    if name in ("sum", "tv"):
-        return "task_arithmetic", {"lambda": scale}
+    if name in ("sum", "tv", "mean"):
+        return "task_arithmetic", {"lambda": scale / (count if name == "mean" else 1)}
     if name == "ties":
         return "ties", {"lambda": scale, "density": parameters.get("topK", 10) / 100, "scope": "tensor"}
     if name == "tsv":
