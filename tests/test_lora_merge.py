@@ -313,6 +313,33 @@ def test_nan_is_named(tmp_path: Path) -> None:
         smelt.merge_lora([save_adapter(tmp_path / "a", tensors)], tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"factor_dtype": "float16"}, {"combination_type": "svd"}, {"combination_type": "ties_svd", "density": 0.5}],
+)
+def test_what_no_dtype_holds(options: dict[str, Any], tmp_path: Path) -> None:
+    huge = save_adapter(tmp_path / "a", {name: array * np.float32(1e19) for name, array in factors(2, 0).items()})
+    with pytest.raises(smelt.OperationFailed, match="the merged values exceed float"):
+        smelt.merge_lora([huge, huge], tmp_path / "out", weights=[1e5, 1e5], **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the cache, at a revision, which the manifest names."""
+    commit, home = "0" * 39 + "1", tmp_path / "hub" / "models--owner--name"
+    save_adapter(home / "snapshots" / commit, factors(2, 0))
+    (home / "refs").mkdir()
+    (home / "refs" / "old").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    smelt.merge_lora(["owner/name@old", home / "snapshots" / commit], tmp_path / "out", weights=[2, -1])
+    assert close(changes(tmp_path / "out"), changes(home / "snapshots" / commit))
+    manifest = json.loads((tmp_path / "out" / "smelt-manifest.json").read_text())
+    assert [entry["revision"] for entry in manifest["inputs"]] == [commit, None]
+    with pytest.raises(smelt.InputRejected, match="not in the local cache"):
+        smelt.merge_lora(["owner/other"], tmp_path / "no")
+
+
 # --- the command ----------------------------------------------------------------------------------------
 
 

@@ -24,7 +24,7 @@ from typing import Literal
 
 import numpy as np
 
-from ..errors import show
+from ..errors import OperationFailed, show
 from ..kernels.random import drawn, key_of, words
 from .factored import Term, summed
 from .lowrank import Array, Difference, Limits, LowRank, low_rank
@@ -109,6 +109,8 @@ class Combination:
             return summed(terms, limits)
         matrices = [single(term.b) @ single(term.a) * np.float32(term.scaling) for term in terms]
         merged = self._ruled(matrices, [term.weight for term in terms], places, tensor)
+        if not np.isfinite(merged).all():
+            raise too_large(tensor, "float32")
         return low_rank(Difference(merged, np.zeros_like(merged)), limits)
 
     def _ruled(self, tensors: Sequence[Array], weights: Sequence[float], places: Sequence[int], name: str) -> Array:
@@ -123,6 +125,11 @@ class Combination:
         return (
             elected(tensors, weights, self.majority_sign_method == "frequency") if elects else total(tensors, weights)
         )
+
+
+def too_large(module: str, dtype: str) -> OperationFailed:
+    """For values beyond the range of ``dtype``."""
+    return OperationFailed(f"module {show(module)}: the merged values exceed {dtype}: lower the weights")
 
 
 def single(values: Array) -> Array:

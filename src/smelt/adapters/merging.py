@@ -22,6 +22,7 @@ from ..errors import InputRejected, show
 from ..kernels.dtypes import rounded
 from ..kernels.program import Operand
 from ..recipe import ModelReference, Position, parse_size
+from .combinations import too_large
 from .factored import Term, core
 from .lowrank import Array, Matrix
 from .merge_options import MergeOptions
@@ -172,7 +173,10 @@ class _Merger:
 
     def _part(self, piece: Piece) -> Part:
         places = [place for place, _ in piece.parts]
-        result = self._rule.merge(piece.name, self._terms(piece), places, self._options.dtype)
+        with np.errstate(over="ignore", invalid="ignore"):  # told below
+            result = self._rule.merge(piece.name, self._terms(piece), places, self._options.dtype)
+        if not (np.isfinite(result.a).all() and np.isfinite(result.b).all()):
+            raise too_large(piece.name, self._options.factor_dtype)
         bias = self._bias(piece)
         shift = float(np.linalg.norm(bias))
         norm = hypot(result.norm, shift)

@@ -65,6 +65,10 @@ class Pair:
         """Of the weights as matrices."""
         return Difference(*(values.reshape(self.shape(module)) for values in self._read(module.tensors["weight"])))
 
+    def array(self, module: Module) -> npt.NDArray[np.float64]:
+        """``model - base`` of the weight, with all its axes."""
+        return subtracted(*self._read(module.tensors["weight"]))
+
     def offset(self, name: str) -> npt.NDArray[np.float64]:
         """``model - base`` of a small tensor."""
         return subtracted(*self._read(name))

@@ -61,6 +61,15 @@ def config(
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
+def tucker_config(rank: int, *, whole: Sequence[str], base: str) -> bytes:
+    """Of a FLoRA adapter, in the same keys as far as it has them; ``rank`` is the largest of its axes."""
+    content = {
+        "peft_type": "FLORA", "base_model_name_or_path": base, "r": rank, "scale": 1.0,
+        "modules_to_save": list(whole) or None, "inference_mode": True,
+    }  # fmt: skip
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
 def task_of(architecture: str | None) -> str | None:
     """PEFT's name for what an architecture is for."""
     return next((task for end, task in _TASKS.items() if (architecture or "").endswith(end)), None)

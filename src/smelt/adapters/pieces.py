@@ -111,7 +111,10 @@ def _reason(update: Update) -> str | None:
     return None
 
 
-_KINDS = {"Hadamard": "LoHa", "Kronecker": "LoKr", "Scaled": "(IA)^3", "Rows": "trained tokens"}
+_KINDS = {
+    "Hadamard": "LoHa", "Kronecker": "LoKr", "Scaled": "(IA)^3", "Rows": "trained tokens", "Tucker": "FLoRA",
+    "Shards": "MoS",
+}  # fmt: skip
 
 
 def _disagreements(piece: Piece, adapters: Sequence[Adapter]) -> Iterator[str]:

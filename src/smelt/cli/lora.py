@@ -43,6 +43,10 @@ def command() -> None:
     "--dtype", "factor_dtype", type=click.Choice(["float32", "bfloat16", "float16", "float64"]), default="float32",
     show_default=True, help="Of the factors.",
 )  # fmt: skip
+@click.option(
+    "--form", type=click.Choice(["lora", "flora"]), default="lora", show_default=True,
+    help="PEFT's, or Tucker products, in which convolutions keep their axes.",
+)  # fmt: skip
 @click.option("--memory", default="4GiB", metavar="SIZE", show_default=True, help="Bounds how many matrices at once.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: the cores this process may use.")
 @json_option
