@@ -21,7 +21,7 @@ from .errors import InputRejected, MissingExtra, OperationFailed, SmeltError, Us
 
 if TYPE_CHECKING:
     from . import methods
-    from .adapters import extract_lora, merge_lora
+    from .adapters import extract_delta, extract_lora, merge_lora
     from .checkpoint import Checkpoint, load
     from .diagnosis import check
     from .engine import (
@@ -41,15 +41,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Artifact", "Checkpoint", "InputRejected", "MissingExtra", "OperationFailed", "Plan", "SmeltError", "Soup",
-    "UsageError", "__version__", "check", "choose_lambdas", "extract_lora", "greedy_soup", "load", "merge",
-    "merge_lora", "merge_tensors", "methods", "plan", "restore_task", "stack", "transplant_tokenizer", "verify",
+    "UsageError", "__version__", "check", "choose_lambdas", "extract_delta", "extract_lora", "greedy_soup", "load",
+    "merge", "merge_lora", "merge_tensors", "methods", "plan", "restore_task", "stack", "transplant_tokenizer",
+    "verify",
 ]  # fmt: skip
 
 _HOMES = {
     "Artifact": "engine", "Checkpoint": "checkpoint", "Plan": "engine", "Soup": "engine", "check": "diagnosis",
-    "choose_lambdas": "engine", "extract_lora": "adapters", "greedy_soup": "engine", "load": "checkpoint",
-    "merge": "engine", "merge_lora": "adapters", "merge_tensors": "engine", "plan": "engine", "restore_task": "engine",
-    "stack": "stacking", "transplant_tokenizer": "transplant", "verify": "engine",
+    "choose_lambdas": "engine", "extract_delta": "adapters", "extract_lora": "adapters", "greedy_soup": "engine",
+    "load": "checkpoint", "merge": "engine", "merge_lora": "adapters", "merge_tensors": "engine",
+    "plan": "engine", "restore_task": "engine", "stack": "stacking", "transplant_tokenizer": "transplant",
+    "verify": "engine",
 }  # fmt: skip
 
 

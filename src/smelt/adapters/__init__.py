@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .extract import extract_lora
     from .merging import merge_lora
+    from .packing import extract_delta
     from .report import AdapterArtifact, ModuleReport
 
-__all__ = ["AdapterArtifact", "ModuleReport", "extract_lora", "merge_lora"]
+__all__ = ["AdapterArtifact", "ModuleReport", "extract_delta", "extract_lora", "merge_lora"]
 
-_HOMES = {"AdapterArtifact": "report", "ModuleReport": "report", "extract_lora": "extract", "merge_lora": "merging"}
+_HOMES = {
+    "AdapterArtifact": "report", "ModuleReport": "report", "extract_delta": "packing", "extract_lora": "extract",
+    "merge_lora": "merging",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -113,7 +113,7 @@ def _reason(update: Update) -> str | None:
 
 _KINDS = {
     "Hadamard": "LoHa", "Kronecker": "LoKr", "Scaled": "(IA)^3", "Rows": "trained tokens", "Tucker": "FLoRA",
-    "Shards": "MoS",
+    "Shards": "MoS", "Entries": "a delta pack", "Signs": "a delta pack", "Dense": "a delta pack",
 }  # fmt: skip
 
 

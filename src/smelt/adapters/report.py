@@ -11,7 +11,7 @@ from ..engine import Artifact
 from ..engine.card import is_hub_id
 from ..errors import show
 
-Stored = Literal["low rank", "whole", "nothing"]
+Stored = Literal["low rank", "entries", "signs", "whole", "nothing"]
 
 #: A relative error that users must hear of, and how many names a notice lists.
 _MUCH, _SHOWN = 0.3, 4
@@ -23,7 +23,8 @@ class ModuleReport:
 
     Attributes
     ----------
-    stored: "low rank", "whole", or "nothing" where it is left out; ``why`` says why.
+    stored: "low rank", "whole", or "nothing" where it is left out; ``why`` says why. Of a tensor in a delta pack also
+        "entries" or "signs".
     rank: of its factors.
     norm: Frobenius norm of the change that was wanted of the weights; NaN where it was not looked at.
     error: norm of what the adapter does not reproduce, measured with the factors as they are stored.
@@ -111,6 +112,16 @@ def merge_card(
         f"modules: {total_error(modules):.2%}.", "", "| adapter | weight |", "| --- | --- |",
         *(f"| `{name}` | {weight:g} |" for name, weight in zip(adapters, weights, strict=True)), "",
         *_table(modules),
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def pack_card(title: str, base: str, form: str, tensors: Sequence[ModuleReport]) -> str:
+    """The card of a delta pack."""
+    lines = [
+        "---", "tags:", "- smelt", "---", "", f"# {title}", "",
+        f"What a fine-tune of `{base}` adds to it, packed ({form}) with smelt, which reads `base+pack` as a model. "
+        f"Relative error over all tensors: {total_error(tensors):.2%}.", "", *_table(tensors),
     ]  # fmt: skip
     return "\n".join(lines)
 

@@ -135,6 +135,47 @@ def merge(adapters: tuple[str, ...], out: str, weights: tuple[float, ...], as_js
     print(result.path)
 
 
+@command.command(short_help="A fine-tune as few elements, or signs, of its difference.")
+@click.argument("base")
+@click.argument("model")
+@click.argument("out")
+@click.option(
+    "--form", type=click.Choice(["sparse", "sign"]), required=True,
+    help="Single elements, or for all elements a sign and for each tensor a scale (BitDelta).",
+)  # fmt: skip
+@click.option("--density", type=float, help="sparse: the share of elements of each tensor to keep.")
+@click.option(
+    "--prune", type=click.Choice(["magnitude", "random"]),
+    help="sparse: keep the largest (default), or draw them and divide by the density (DARE).",
+)  # fmt: skip
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the draws.")
+@click.option(
+    "--dtype", "value_dtype", type=click.Choice(["float32", "bfloat16", "float16", "float64"]), default="float32",
+    show_default=True, help="Of the kept values.",
+)  # fmt: skip
+@click.option("--memory", default="4GiB", metavar="SIZE", show_default=True, help="Bounds how many tensors at once.")
+@click.option("--threads", type=click.IntRange(min=1), help="Default: the cores this process may use.")
+@json_option
+@common
+def pack(base: str, model: str, out: str, as_json: bool, **options: Any) -> None:
+    """Write what leads from BASE to MODEL (a fine-tune of it), packed, as the new folder OUT.
+
+    BASE+OUT then reads as a model, in recipes and everywhere else. Prints what each tensor loses.
+    """
+    from ..adapters import extract_delta
+
+    result = extract_delta(base, model, out, progress=bar(settings().quiet), **options)
+    if as_json:
+        print_json(result.as_dict())
+        return
+    if not settings().quiet:
+        _warn(result)
+        rows = [(plain(m.module), m.stored, f"{m.relative_error:.2%}", m.why) for m in result.modules]
+        print_table(("tensor", "stored", ">error", "why"), rows)
+        print(f"{result.error:.2%} of the difference's norm is left out", file=sys.stderr)
+    print(result.path)
+
+
 def _show_merge(result: AdapterArtifact) -> None:
     if settings().quiet:
         return
