@@ -97,10 +97,10 @@ def test_what_is_refused(tmp_path: Path) -> None:
             smelt.extract_delta(base, model, tmp_path / "out", **options)  # type: ignore[arg-type]
     with pytest.raises(smelt.InputRejected, match="nothing to pack"):
         smelt.extract_delta(base, base, tmp_path / "out", form="sign")
-    with pytest.raises(smelt.InputRejected, match="'w' is .5, 3. in model and .5, 2. in base"):
+    with pytest.raises(smelt.InputRejected, match=r"'w' is .5, 3. in model and .5, 2. in base"):
         smelt.extract_delta(base, {**model, "w": np.zeros((5, 3), "f4")}, tmp_path / "out", form="sign")
     larger = {**llama(0), **{name: array for name, array in llama(0, 100).items() if len(array) == 100}}
-    with pytest.raises(smelt.InputRejected, match="embed_tokens.*resize the base first"):
+    with pytest.raises(smelt.InputRejected, match=r"embed_tokens.*resize the base first"):
         smelt.extract_delta(llama(0), larger, tmp_path / "out", form="sign")
 
 
