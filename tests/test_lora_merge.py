@@ -94,8 +94,10 @@ def test_bits_depend_on_the_adapters_alone(three: list[Path], tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "case", ["lora", "rslora_patterns", "lora_bias", "embedding", "conv", "conv1d_layer", "modules_to_save"]
-)
+    "case",
+    ["lora", "rslora_patterns", "lora_bias", "bias_all", "bias_lora_only", "embedding", "conv", "conv1d_layer",
+     "modules_to_save"],
+)  # fmt: skip
 def test_every_kind_of_sum(case: str, tmp_path: Path) -> None:
     """An adapter that PEFT wrote, as three quarters and a quarter of itself, is what it was."""
     before = PEFT_ADAPTERS / case
@@ -229,7 +231,8 @@ def test_methods_that_know_no_basis_give_what_they_give_on_the_matrices(three: l
 @pytest.mark.parametrize(
     ("case", "said"),
     [
-        ("dora", "'conv2d' and 5 more: DoRA"), ("experts", "stacked experts"), ("tokens", "trained tokens"),
+        ("dora", "'conv2d' and 5 more: DoRA"), ("experts", "stacked experts"), ("experts_one", "stacked experts"),
+        ("tokens", "trained tokens"),
         ("loha", "LoHa"), ("lokr", "LoKr"), ("ia3", "(IA)^3"), ("trainable_tokens", "trained tokens"),
     ],
 )  # fmt: skip

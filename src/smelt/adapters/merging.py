@@ -257,4 +257,5 @@ class _Merger:
             task=(tasks.pop() or None) if len(tasks) == 1 else None,
             transposed=any(piece.first.transposed for piece in self.pieces),
             stabilised=self._stabilised,
+            whole_biases=str(self._adapters[0].config.content.get("bias") or "none"),
         )

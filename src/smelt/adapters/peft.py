@@ -30,12 +30,12 @@ def factor_names(module: str, embedding: bool) -> tuple[str, str]:
 
 def config(
     ranks: Mapping[str, int], *, targets: Sequence[str], whole: Sequence[str], base: str | None, bias: bool,
-    task: str | None, transposed: bool, stabilised: bool = False,
+    task: str | None, transposed: bool, stabilised: bool = False, whole_biases: str = "none",
 ) -> bytes:  # fmt: skip
     """adapter_config.json for modules of these ranks, which ``targets`` name; ``whole`` names those stored whole.
 
     alpha equals the rank everywhere, so that the factors' product is added as it is; not where the scaling is
-    rank-``stabilised``.
+    rank-``stabilised``. ``whole_biases``: which biases of the model are stored whole, in PEFT's words.
     """
     largest = max(ranks.values(), default=1)
     others = {name: rank for name, rank in sorted(ranks.items()) if rank != largest}
@@ -51,7 +51,7 @@ def config(
         "target_modules": list(targets),
         "modules_to_save": list(whole) or None,
         "lora_dropout": 0.0,
-        "bias": "none",
+        "bias": whole_biases,
         "lora_bias": bias,
         "fan_in_fan_out": transposed,
         "use_rslora": stabilised,

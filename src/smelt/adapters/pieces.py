@@ -104,7 +104,7 @@ def _reason(update: Update) -> str | None:
         return f"{_KINDS.get(type(update).__name__, 'a change')}, not a low-rank product"
     if update.magnitude is not None:
         return "DoRA, whose result also depends on the base's norms"
-    if update.form == "experts":
+    if update.form == "experts" or update.parameter != "weight":
         return "factors of stacked experts, which adapters of whole experts cannot be told apart in"
     if update.b.shape[1] != update.a.shape[0]:
         return "factors of a grouped convolution"
