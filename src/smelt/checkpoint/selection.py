@@ -99,7 +99,7 @@ def _what_else(names: Sequence[str]) -> str:
     if pickles:
         return f"holds no safetensors file; {show(pickles[0])} {PICKLE_ADVICE}"
     if any(name.endswith(".gguf") for name in names):
-        return "holds GGUF, which this version does not read"
+        return "holds GGUF: give the path of the file that is meant"
     if "model_index.json" in names:
         return "is a diffusers pipeline: give one of its parts, such as the folder unet or transformer in it"
     if any(name.endswith(".incomplete") for name in names):
@@ -183,6 +183,18 @@ def _refuse_missing(place: Place, files: Iterable[str]) -> None:
         )
 
 
+def gguf_file(path: Path) -> Path | None:
+    """The GGUF file that is meant: ``path`` itself, or the only one of a folder that has no other weights."""
+    if not storage.is_folder(path):
+        return path if path.suffix == ".gguf" else None
+    names = storage.listdir(path)
+    found = [name for name in names if name.endswith(".gguf")]
+    if any(is_weights(name) or name.endswith((_INDEX, *_PICKLES)) for name in names):
+        return None
+    sets = {re.sub(r"-\d{5}-of-", "-of-", name) for name in found}
+    return path / found[0] if len(sets) == 1 else None
+
+
 def refuse_other_formats(place: Place, name: str) -> None:
     """Say of a single file that it is an adapter, pickled or GGUF, where its name tells."""
     where = place.shown(name)
@@ -191,4 +203,4 @@ def refuse_other_formats(place: Place, name: str) -> None:
     if name.endswith(_PICKLES):
         raise InputRejected(f"{where} {PICKLE_ADVICE}")
     if name.endswith(".gguf"):
-        raise InputRejected(f"{where} is GGUF, which this version does not read")
+        raise InputRejected(f"{where} is GGUF, which is read from this machine only: download it")

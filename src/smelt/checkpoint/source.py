@@ -13,17 +13,18 @@ from . import hub
 from .adapter import AdaptedCheckpoint, Adapter, read_adapter, read_flat
 from .base import Checkpoint
 from .folder import FolderCheckpoint
+from .gguf import GgufCheckpoint
 from .memory import MemoryCheckpoint, of_module
 from .place import LocalPlace
 from .remote import RemoteCheckpoint, is_url, located
-from .selection import ADAPTER, DIFFUSERS_ADAPTER
+from .selection import ADAPTER, DIFFUSERS_ADAPTER, gguf_file
 from .side import SideFiles
 
 
 def load(
     source: str | Path | Mapping[str, Any] | Any, *, revision: str | None = None, label: str | None = None
 ) -> Checkpoint:
-    """Open a checkpoint lazily: a folder, one .safetensors file, a hub id, a URL, a dict of arrays, or a module.
+    """Open a checkpoint lazily: a folder, a .safetensors or .gguf file, a hub id, a URL, a dict of arrays, or a module.
 
     ``base+adapter`` is the base with a PEFT adapter (a folder or hub id) applied; see also :func:`load_adapted`.
 
@@ -45,7 +46,7 @@ def load(
         return RemoteCheckpoint(text, revision, label)
     path = _path(text)
     if storage.exists(path):
-        return FolderCheckpoint(_without_revision(path, revision), label or text)
+        return _on_disk(_without_revision(path, revision), label or text)
     name, _, named = text.partition("@")
     if named and storage.exists(_path(name)):
         return FolderCheckpoint(_without_revision(_path(name), named), label or text)
@@ -100,6 +101,12 @@ def _adapter_at(path: Path, label: str) -> Adapter:
     except BaseException:
         file.close()
         raise
+
+
+def _on_disk(path: Path, label: str) -> Checkpoint:
+    """What a folder or a file holds."""
+    gguf = gguf_file(path)
+    return FolderCheckpoint(path, label) if gguf is None else GgufCheckpoint(gguf, label)
 
 
 def load_adapter(folder: Path) -> Checkpoint:

@@ -1,0 +1,181 @@
+"""The settings of a model: GGUF's metadata and Hugging Face's config.json, in both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from .families import Family
+from .header import Texts
+
+#: (key behind the architecture, key of the config, kind): "u" for uint32, "f" for float32.
+_SETTINGS = (
+    ("context_length", "max_position_embeddings", "u"), ("embedding_length", "hidden_size", "u"),
+    ("block_count", "num_hidden_layers", "u"), ("feed_forward_length", "intermediate_size", "u"),
+    ("attention.head_count", "num_attention_heads", "u"), ("attention.head_count_kv", "num_key_value_heads", "u"),
+    ("attention.layer_norm_rms_epsilon", "rms_norm_eps", "f"), ("rope.freq_base", "rope_theta", "f"),
+    ("attention.key_length", "head_dim", "u"), ("attention.sliding_window", "sliding_window", "u"),
+    ("attn_logit_softcapping", "attn_logit_softcapping", "f"),
+    ("final_logit_softcapping", "final_logit_softcapping", "f"), ("expert_used_count", "num_experts_per_tok", "u"),
+    ("expert_feed_forward_length", "moe_intermediate_size", "u"),
+    ("expert_shared_feed_forward_length", "shared_expert_intermediate_size", "u"),
+)  # fmt: skip
+
+#: Token ids, by GGUF's word and by the config's.
+SPECIAL_IDS = {
+    "bos": "bos_token_id", "eos": "eos_token_id", "unknown": "unk_token_id", "padding": "pad_token_id",
+}  # fmt: skip
+
+_ORIGINAL = "original_max_position_embeddings"
+
+#: What Llama 3.1 to 3.3 spread their context with; a GGUF file holds only the factors that follow from it.
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, _ORIGINAL: 8192}
+
+
+def number_of_experts_key(model_type: str) -> str:
+    return "num_local_experts" if model_type == "mixtral" else "num_experts"
+
+
+def model_type_of(family: Family, metadata: Mapping[str, Any]) -> str:
+    """Which of the models that an architecture stands for a file holds, by its experts and its name."""
+    if len(family.models) == 1:
+        return next(iter(family.models))
+    if metadata.get(f"{family.architecture}.expert_count"):
+        return "mixtral"
+    names = " ".join(str(metadata.get(f"general.{key}", "")) for key in ("basename", "name")).lower()
+    return "mistral" if "mistral" in names else "llama"
+
+
+def config_of(
+    family: Family, metadata: Mapping[str, Any], vocabulary: int | None, tied: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """The config that a file's metadata spell, and what of them is not understood.
+
+    ``vocabulary``: rows of the embedding; ``tied``: no head is stored.
+    """
+    model, own = model_type_of(family, metadata), f"{family.architecture}."
+    config: dict[str, Any] = {"architectures": [family.models[model]], "model_type": model, **family.constants}
+    notices = []
+    for key, theirs, _ in _SETTINGS:
+        value = metadata.get(own + key)
+        if isinstance(value, np.ndarray | Texts | str):
+            notices.append(f"{own}{key} is given per layer, which config.json does not tell")
+        elif value is not None:
+            config[theirs] = _shortest(value)
+    _fill(config, metadata, own)
+    if vocabulary is not None:
+        config["vocab_size"] = vocabulary
+    ids = ((metadata.get(f"tokenizer.ggml.{word}_token_id"), key) for word, key in SPECIAL_IDS.items())
+    config |= {key: index for index, key in ids if isinstance(index, int)}
+    return {**config, "tie_word_embeddings": tied}, notices
+
+
+def _fill(config: dict[str, Any], metadata: Mapping[str, Any], own: str) -> None:
+    """What is stated in other words, or goes without saying."""
+    model = config["model_type"]
+    heads, width = config.get("num_attention_heads"), config.get("hidden_size")
+    config.setdefault("rope_theta", 1e6 if model == "gemma3_text" else 10000.0)
+    if heads is not None:
+        config.setdefault("num_key_value_heads", heads)
+    if heads and width and "head_dim" not in config:
+        rotated = metadata.get(own + "rope.dimension_count") if "llama." == own else None
+        config["head_dim"] = rotated or width // heads
+    if experts := metadata.get(own + "expert_count"):
+        config[number_of_experts_key(model)] = experts
+    if heads and width and model in ("gemma2", "gemma3_text"):
+        largest = config.get("num_hidden_layers") == (46 if model == "gemma2" else 62)
+        config["query_pre_attn_scalar"] = width // heads if largest else config["head_dim"]
+    if scaling := _scaling(metadata, own + "rope.scaling."):
+        config["rope_scaling"] = scaling
+
+
+def _scaling(metadata: Mapping[str, Any], own: str) -> dict[str, Any] | None:
+    kind, factor = metadata.get(own + "type"), metadata.get(own + "factor")
+    if kind not in ("linear", "yarn") or factor is None:
+        return None
+    original = metadata.get(own + "original_context_length")
+    known = {} if original is None else {_ORIGINAL: original}
+    return {"rope_type": kind, "factor": _shortest(factor), **known}
+
+
+def _shortest(value: Any) -> Any:
+    """A float32 by the shortest decimal number that stands for it: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+# --- rotary factors -------------------------------------------------------------------------------------
+
+
+def rope_factors(rope: Mapping[str, Any], width: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """By what Llama 3 divides each of the ``width`` / 2 frequencies of a head: float32, computed in float32."""
+    frequencies = 1 / np.float32(rope["rope_theta"]) ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width))
+    length = np.float32(2 * np.pi) / frequencies
+    low, high, original = (rope[key] for key in ("low_freq_factor", "high_freq_factor", _ORIGINAL))
+    smooth = (original / length.astype(np.float64) - low) / (high - low)
+    between = 1 / ((1 - smooth) / rope["factor"] + smooth)
+    slow = np.where(length > original / low, rope["factor"], between)
+    return np.where(length < original / high, 1, slow).astype(np.float32)
+
+
+def llama3_scaling(factors: Any, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The settings of Llama 3 that give these factors, or None where they are others."""
+    rope = {"rope_type": "llama3", "factor": _shortest(float(factors.max())), **_LLAMA3}
+    made = rope_factors({**rope, "rope_theta": config["rope_theta"]}, 2 * len(factors))
+    return rope if np.allclose(made, factors, rtol=1e-4) else None
+
+
+def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary settings as one mapping, whichever way the config spells them."""
+    rope = {key: config[key] for key in ("rope_theta", _ORIGINAL) if key in config}
+    for key in ("rope_scaling", "rope_parameters"):
+        section = config.get(key)
+        rope |= section.get("full_attention", section) if isinstance(section, Mapping) else {}
+    return {"rope_theta": 10000.0, **rope, "rope_type": rope.get("rope_type") or rope.get("type") or "default"}
+
+
+# --- from a config to metadata --------------------------------------------------------------------------
+
+
+def metadata_of(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """(key, kind, value) of what a config says. ValueError, with a sentence, where it lacks what is needed."""
+    own = f"{family.architecture}."
+    stated = {**config, "rope_theta": rope_of(config)["rope_theta"]}
+    if stated.get("use_sliding_window") is False:
+        stated["sliding_window"] = None
+    heads, width = (_needed(config, key) for key in ("num_attention_heads", "hidden_size"))
+    stated.setdefault("num_key_value_heads", heads)
+    for key, theirs, kind in _SETTINGS:
+        value = stated.get(theirs)
+        if value is not None:
+            yield own + key, kind, value
+    size = config.get("head_dim") or width // heads
+    if config.get("head_dim"):
+        yield own + "attention.value_length", "u", size
+    if family.architecture in ("llama", "phi3"):
+        yield own + "rope.dimension_count", "u", int(size * config.get("partial_rotary_factor", 1))
+    yield own + "vocab_size", "u", _needed(config, "vocab_size")
+    experts = config.get(number_of_experts_key(config["model_type"]))
+    if experts and family.experts:
+        yield own + "expert_count", "u", experts
+    yield from _scaling_of(family, own + "rope.scaling.", rope_of(config))
+
+
+def _needed(config: Mapping[str, Any], key: str) -> int:
+    value = config.get(key)
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"config.json says {key} = {value!r}, expected a whole number")
+    return value
+
+
+def _scaling_of(family: Family, own: str, rope: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    kind = rope["rope_type"]
+    if kind == "default" or (kind == "llama3" and family.permuted):  # that is a tensor there
+        return
+    if kind not in ("linear", "yarn"):
+        raise ValueError(f"config.json scales rotary embeddings by {kind!r}, which is not written to GGUF")
+    yield own + "type", "s", kind
+    yield own + "factor", "f", rope["factor"]
+    if kind == "yarn" and _ORIGINAL in rope:
+        yield own + "original_context_length", "u", rope[_ORIGINAL]
