@@ -288,6 +288,17 @@ def publish_directory(staging: Path, destination: Path) -> None:
     fsync_directory(destination.parent)
 
 
+def publish_file(staging: Path, destination: Path) -> None:
+    """Give a finished and synced file its name, never over another; then sync the parent. See above."""
+    with _told("publish", destination):
+        try:
+            if not _rename_noreplace(staging, destination):
+                _rename_if_free(staging, destination)
+        except FileExistsError as error:
+            raise InputRejected(f"{shown(destination)} exists already") from error
+    fsync_directory(destination.absolute().parent)
+
+
 def _rename_if_free(source: Path, destination: Path) -> None:
     if os.path.lexists(destination):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))

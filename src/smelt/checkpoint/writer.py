@@ -141,10 +141,11 @@ class CheckpointWriter:
         self._descriptors[shard.file] = descriptor = storage.create(path, shard.size)
         storage.pwrite_all(descriptor, memoryview(shard.header), 0, path)
 
-    def write(self, name: str, start: int, array: npt.NDArray[Any]) -> None:
+    def write(self, name: str, start: int, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Write ``array`` (contiguous, of the dtype's storage type) as the tensor's items from ``start`` on.
 
-        Every item is to be written once. Raises OperationFailed when the disk fails.
+        Every item is to be written once. Returns the items as they will be read: the same ones. Raises
+        OperationFailed when the disk fails.
         """
         tensor = self._tensors[name]
         offset = start * array.itemsize
@@ -154,6 +155,7 @@ class CheckpointWriter:
         storage.pwrite_all(descriptor, array.data, tensor.offset + offset, self._folder / tensor.file)
         if self._is_due(tensor.file, array.nbytes):
             storage.start_writeback(descriptor, 0, 0)
+        return array
 
     def _is_due(self, file: str, nbytes: int) -> bool:
         with self._lock:

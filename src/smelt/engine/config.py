@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..architecture import role_of
 from ..architecture.config import sections
 from ..kernels.dtypes import DTYPES, name_of
 from .inputs import read_config
-from .planning import Plan
+
+if TYPE_CHECKING:
+    from .planning import Plan
 
 
 def patched_config(plan: Plan) -> bytes | None:

@@ -13,11 +13,13 @@ from types import MappingProxyType
 from typing import Any
 
 from .. import storage
+from ..checkpoint.gguf import GgufLayout
 from ..errors import UsageError, show
 from ..kernels.dtypes import DTYPES
 from ..methods import Method, Tensor, get
 from ..recipe import Recipe, not_yet, parse, parse_mapping
 from .alignment import Alignment, align, truncate
+from .gguf import gguf_layout, in_gguf
 from .inputs import Inputs, Places
 from .layout import Layout, layout
 from .options import BASELINE, SHARD_SIZE, Options
@@ -35,8 +37,8 @@ from .views import contains
 class Plan:
     """The exact work. ``stages`` are the plans of the recipes whose results this one takes, which the figures
     do not count, but for ``disk_needed``. ``paths`` are local ones that the recipe's text names beside those
-    of the inputs. ``measured`` are per-model parameters that came from files: (model, values). ``close()``
-    releases the inputs.
+    of the inputs. ``measured`` are per-model parameters that came from files: (model, values). ``gguf`` is where
+    everything lies in the one file that is wanted of that format. ``close()`` releases the inputs.
     """
 
     recipe: Recipe
@@ -53,6 +55,7 @@ class Plan:
     stages: tuple[Plan, ...] = ()
     paths: tuple[str, ...] = ()
     measured: tuple[tuple[str, dict[str, float]], ...] = ()
+    gguf: GgufLayout | None = None
 
     @property
     def passes(self) -> tuple[int, int]:
@@ -238,6 +241,10 @@ def _planned(recipe: Recipe, method: Method, options: Options, inputs: Inputs) -
         tokens=None if tokens is None else replace(tokens, known={}), alignment=alignment,
         measured=maker.resolver.measured(),
     )  # fmt: skip
+    if recipe.output is not None and recipe.output.format == "gguf":
+        wanted = gguf_layout(made)
+        outputs = in_gguf(made.outputs, wanted)
+        made = replace(made, outputs=outputs, gguf=wanted, notices=[*made.notices, *wanted.notices])
     UsageError.gather(_memory_problems(made))
     return made
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from .. import storage
 from ..checkpoint import TensorInfo, plan_shards
+from ..checkpoint.gguf import GgufWriter
 from ..errors import InputRejected, show
 from ..kernels.program import Copy
 from ..methods import Model
@@ -27,7 +28,7 @@ from .outputs import Output
 from .planning import Plan, RecipeLike, make_plan
 from .progress import Progress, Silent
 from .publish import check_destination, check_space, staging
-from .sink import DiskSink, write_tensors
+from .sink import DiskSink, write_tensors, write_through
 from .stages import home_of, local_paths, plan_stages, stages_of, workplace
 from .views import alike
 from .whole import read_whole
@@ -174,9 +175,15 @@ def _differing_integers(output: Output) -> list[str]:
 def _write_weights(plan: Plan, folder: Path, progress: Progress, warn: Callable[[str], None]) -> dict[str, Any]:
     """Merge and write every tensor; returns name -> dtype, shape, file, sha256."""
     progress.start(plan.bytes_read + plan.bytes_written, "merging")
-    shards = plan_shards([TensorInfo(o.name, o.dtype, o.shape) for o in plan.outputs], plan.shard_size)
+
+    def fill(sink: DiskSink) -> None:
+        _execute(plan, sink, progress, warn)
+
     try:
-        return write_tensors(folder, shards, lambda sink: _execute(plan, sink, progress, warn))
+        if plan.gguf is not None:
+            return write_through(GgufWriter(folder, plan.gguf), plan.gguf.tensors, fill)
+        shards = plan_shards([TensorInfo(o.name, o.dtype, o.shape) for o in plan.outputs], plan.shard_size)
+        return write_tensors(folder, shards, fill)
     finally:
         progress.finish()
 
@@ -248,8 +255,9 @@ def _write_side_files(plan: Plan, folder: Path, title: str, tensors: dict[str, A
 
 
 def _model_files(plan: Plan, title: str, notices: Sequence[str]) -> dict[str, bytes]:
-    files = plan.side_files()
-    config = patched_config(plan)
+    """Of a GGUF file only the card: it holds the rest itself."""
+    files = plan.side_files() if plan.gguf is None else {}
+    config = patched_config(plan) if plan.gguf is None else None
     if config is not None:
         files["config.json"] = config
     if plan.options.card:

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy.typing as npt
 
-from ..checkpoint import CheckpointWriter, Shard
+from ..checkpoint import CheckpointWriter, Shard, TensorInfo
+from ..checkpoint.gguf import GgufWriter
 
 _Waiting = dict[int, tuple[npt.NDArray[Any], Callable[[], None]]]
 
@@ -53,16 +54,18 @@ class OrderedDigest:
         return self._hash.hexdigest()
 
 
-class DiskSink:
-    """Writes tiles through a CheckpointWriter and keeps the SHA-256 of every tensor."""
+Writer = CheckpointWriter | GgufWriter
 
-    def __init__(self, writer: CheckpointWriter, names: list[str]) -> None:
+
+class DiskSink:
+    """Writes tiles through a writer and keeps the SHA-256 of every tensor, as it will be read."""
+
+    def __init__(self, writer: Writer, names: list[str]) -> None:
         self._writer = writer
         self._digests = {name: OrderedDigest() for name in names}
 
     def write(self, name: str, start: int, array: npt.NDArray[Any], release: Callable[[], None]) -> None:
-        self._writer.write(name, start, array)
-        self._digests[name].add(start, array, release)
+        self._digests[name].add(start, self._writer.write(name, start, array), release)
 
     def finish(self, name: str) -> None:
         pass
@@ -78,7 +81,13 @@ def write_tensors(folder: Path, shards: Sequence[Shard], fill: Callable[[DiskSin
     Returns name -> dtype, shape, file, sha256.
     """
     tensors = [info for shard in shards for info in shard.tensors]
-    writer = CheckpointWriter(folder, shards)
+    return write_through(CheckpointWriter(folder, shards), tensors, fill)
+
+
+def write_through(
+    writer: Writer, tensors: Sequence[TensorInfo], fill: Callable[[DiskSink], None]
+) -> dict[str, dict[str, Any]]:
+    """The same with a writer that has been opened; it is closed in any case."""
     try:
         sink = DiskSink(writer, [info.name for info in tensors])
         fill(sink)

@@ -3,5 +3,9 @@
 from __future__ import annotations
 
 from .checkpoint import GgufCheckpoint
+from .layout import Described, GgufLayout, is_buffer, plan_gguf
+from .writer import GgufWriter, described, write_gguf
 
-__all__ = ["GgufCheckpoint"]
+__all__ = [
+    "Described", "GgufCheckpoint", "GgufLayout", "GgufWriter", "described", "is_buffer", "plan_gguf", "write_gguf",
+]  # fmt: skip

@@ -8,19 +8,20 @@ from typing import Any
 import numpy as np
 
 from .families import Family
+from .format import F32, TEXT, U32
 from .header import Texts
 
-#: (key behind the architecture, key of the config, kind): "u" for uint32, "f" for float32.
+#: (key behind the architecture, key of the config, kind).
 _SETTINGS = (
-    ("context_length", "max_position_embeddings", "u"), ("embedding_length", "hidden_size", "u"),
-    ("block_count", "num_hidden_layers", "u"), ("feed_forward_length", "intermediate_size", "u"),
-    ("attention.head_count", "num_attention_heads", "u"), ("attention.head_count_kv", "num_key_value_heads", "u"),
-    ("attention.layer_norm_rms_epsilon", "rms_norm_eps", "f"), ("rope.freq_base", "rope_theta", "f"),
-    ("attention.key_length", "head_dim", "u"), ("attention.sliding_window", "sliding_window", "u"),
-    ("attn_logit_softcapping", "attn_logit_softcapping", "f"),
-    ("final_logit_softcapping", "final_logit_softcapping", "f"), ("expert_used_count", "num_experts_per_tok", "u"),
-    ("expert_feed_forward_length", "moe_intermediate_size", "u"),
-    ("expert_shared_feed_forward_length", "shared_expert_intermediate_size", "u"),
+    ("context_length", "max_position_embeddings", U32), ("embedding_length", "hidden_size", U32),
+    ("block_count", "num_hidden_layers", U32), ("feed_forward_length", "intermediate_size", U32),
+    ("attention.head_count", "num_attention_heads", U32), ("attention.head_count_kv", "num_key_value_heads", U32),
+    ("attention.layer_norm_rms_epsilon", "rms_norm_eps", F32), ("rope.freq_base", "rope_theta", F32),
+    ("attention.key_length", "head_dim", U32), ("attention.sliding_window", "sliding_window", U32),
+    ("attn_logit_softcapping", "attn_logit_softcapping", F32),
+    ("final_logit_softcapping", "final_logit_softcapping", F32), ("expert_used_count", "num_experts_per_tok", U32),
+    ("expert_feed_forward_length", "moe_intermediate_size", U32),
+    ("expert_shared_feed_forward_length", "shared_expert_intermediate_size", U32),
 )  # fmt: skip
 
 #: Token ids, by GGUF's word and by the config's.
@@ -138,7 +139,7 @@ def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
 # --- from a config to metadata --------------------------------------------------------------------------
 
 
-def metadata_of(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+def metadata_of(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[str, int, Any]]:
     """(key, kind, value) of what a config says. ValueError, with a sentence, where it lacks what is needed."""
     own = f"{family.architecture}."
     stated = {**config, "rope_theta": rope_of(config)["rope_theta"]}
@@ -152,13 +153,13 @@ def metadata_of(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[str
             yield own + key, kind, value
     size = config.get("head_dim") or width // heads
     if config.get("head_dim"):
-        yield own + "attention.value_length", "u", size
+        yield own + "attention.value_length", U32, size
     if family.architecture in ("llama", "phi3"):
-        yield own + "rope.dimension_count", "u", int(size * config.get("partial_rotary_factor", 1))
-    yield own + "vocab_size", "u", _needed(config, "vocab_size")
+        yield own + "rope.dimension_count", U32, int(size * config.get("partial_rotary_factor", 1))
+    yield own + "vocab_size", U32, _needed(config, "vocab_size")
     experts = config.get(number_of_experts_key(config["model_type"]))
     if experts and family.experts:
-        yield own + "expert_count", "u", experts
+        yield own + "expert_count", U32, experts
     yield from _scaling_of(family, own + "rope.scaling.", rope_of(config))
 
 
@@ -169,13 +170,13 @@ def _needed(config: Mapping[str, Any], key: str) -> int:
     return value
 
 
-def _scaling_of(family: Family, own: str, rope: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+def _scaling_of(family: Family, own: str, rope: Mapping[str, Any]) -> Iterator[tuple[str, int, Any]]:
     kind = rope["rope_type"]
     if kind == "default" or (kind == "llama3" and family.permuted):  # that is a tensor there
         return
     if kind not in ("linear", "yarn"):
         raise ValueError(f"config.json scales rotary embeddings by {kind!r}, which is not written to GGUF")
-    yield own + "type", "s", kind
-    yield own + "factor", "f", rope["factor"]
+    yield own + "type", TEXT, kind
+    yield own + "factor", F32, rope["factor"]
     if kind == "yarn" and _ORIGINAL in rope:
-        yield own + "original_context_length", "u", rope[_ORIGINAL]
+        yield own + "original_context_length", U32, rope[_ORIGINAL]
