@@ -58,7 +58,11 @@ def test_a_bf16_model_and_a_q8_0_file_merge(tmp_path: Path, arrays: Arrays, meth
     other = fine_tuned(arrays, 2)
     dense = save(tmp_path / "dense", bf16(arrays))
     packed_file = save_llama(tmp_path / "m.gguf", other, quantised=True)
-    recipe = {"merge_method": method, "dtype": "float32", "models": [{"model": packed_file, "parameters": {"weight": 0.5}}]}
+    recipe = {
+        "merge_method": method,
+        "dtype": "float32",
+        "models": [{"model": packed_file, "parameters": {"weight": 0.5}}],
+    }
     if method == "linear":
         recipe["models"].append({"model": dense, "parameters": {"weight": 0.5}})  # type: ignore[attr-defined]
     else:

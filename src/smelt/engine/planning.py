@@ -242,9 +242,8 @@ def _planned(recipe: Recipe, method: Method, options: Options, inputs: Inputs) -
         measured=maker.resolver.measured(),
     )  # fmt: skip
     if recipe.output is not None and recipe.output.format == "gguf":
-        wanted = gguf_layout(made)
-        outputs = in_gguf(made.outputs, wanted)
-        made = replace(made, outputs=outputs, gguf=wanted, notices=[*made.notices, *wanted.notices])
+        file = gguf_layout(made)
+        made = replace(made, outputs=in_gguf(made.outputs, file), gguf=file, notices=[*notices, *file.notices])
     UsageError.gather(_memory_problems(made))
     return made
 

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,34 +19,22 @@ import numpy.typing as npt
 from .generate import Generated
 from .native import Kernel, load
 
-#: What the codes of the IQ4 types stand for.
-_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+if TYPE_CHECKING:
+    from .scalars import load_F16, store_F16
 
-_HEAD = f"""import numpy as np
+float32, int8, uint8 = np.float32, np.int8, np.uint8
+
+#: What the codes of the IQ4 types stand for.
+LEVELS = np.array((-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113), np.float32)
+
+_HEAD = f"""from typing import Any
+
+import numpy as np
 from numba import njit
 from numpy import float32, int8, uint8
 from smelt.kernels.scalars import FAST, load_F16, store_F16
 
-LEVELS = np.array({_LEVELS}, np.float32)
-
-
-@njit(**FAST)
-def half(block, at):
-    return load_F16((block[at + 1] << 8) | block[at])
-
-
-@njit(**FAST)
-def scale(block, j):
-    if j < 4:
-        return float32(block[4 + j] & 63)
-    return float32((block[8 + j] & 15) | ((block[j] >> 6) << 4))
-
-
-@njit(**FAST)
-def offset(block, j):
-    if j < 4:
-        return float32(block[8 + j] & 63)
-    return float32((block[8 + j] >> 4) | ((block[4 + j] >> 6) << 4))"""
+LEVELS = np.array({LEVELS.tolist()}, np.float32)"""
 
 _UNPACK = """@njit(**FAST)
 def run(blocks, out, result):
@@ -60,17 +48,27 @@ def run(values, blocks, result):
         bad += {name}(values[n * {elements} : (n + 1) * {elements}], blocks[n * {size} : (n + 1) * {size}])
     result[0] = bad"""
 
-# What the functions below find beside them once they are compiled.
-float32, int8, uint8 = np.float32, np.int8, np.uint8
-half: Any
-scale: Any  # the six-bit scale of sub-block j of Q4_K and Q5_K
-offset: Any
-store_F16: Any
-LEVELS: Any
+
+def _half(block: Any, at: Any) -> Any:
+    return load_F16((block[at + 1] << 8) | block[at])
+
+
+def _scale(block: Any, j: Any) -> Any:
+    """The six bits by which sub-block j of Q4_K and Q5_K is multiplied."""
+    if j < 4:
+        return float32(block[4 + j] & 63)
+    return float32((block[8 + j] & 15) | ((block[j] >> 6) << 4))
+
+
+def _offset(block: Any, j: Any) -> Any:
+    """And those of what is subtracted from it."""
+    if j < 4:
+        return float32(block[8 + j] & 63)
+    return float32((block[8 + j] >> 4) | ((block[4 + j] >> 6) << 4))
 
 
 def _q4_0(block: Any, line: Any) -> None:
-    d = half(block, 0)
+    d = _half(block, 0)
     for i in range(16):
         line[i] = d * float32(int8(block[2 + i] & 15) - 8)
     for i in range(16):
@@ -78,7 +76,7 @@ def _q4_0(block: Any, line: Any) -> None:
 
 
 def _q4_1(block: Any, line: Any) -> None:
-    d, m = half(block, 0), half(block, 2)
+    d, m = _half(block, 0), _half(block, 2)
     for i in range(16):
         line[i] = d * float32(block[4 + i] & 15) + m
     for i in range(16):
@@ -86,7 +84,7 @@ def _q4_1(block: Any, line: Any) -> None:
 
 
 def _q5_0(block: Any, line: Any) -> None:
-    d = half(block, 0)
+    d = _half(block, 0)
     for i in range(16):
         line[i] = d * float32(((block[6 + i] & 15) | (((block[2 + (i >> 3)] >> (i & 7)) & 1) << 4)) - 16)
     for i in range(16):
@@ -94,7 +92,7 @@ def _q5_0(block: Any, line: Any) -> None:
 
 
 def _q5_1(block: Any, line: Any) -> None:
-    d, m = half(block, 0), half(block, 2)
+    d, m = _half(block, 0), _half(block, 2)
     for i in range(16):
         line[i] = d * float32((block[8 + i] & 15) | (((block[4 + (i >> 3)] >> (i & 7)) & 1) << 4)) + m
     for i in range(16):
@@ -102,13 +100,13 @@ def _q5_1(block: Any, line: Any) -> None:
 
 
 def _q8_0(block: Any, line: Any) -> None:
-    d = half(block, 0)
+    d = _half(block, 0)
     for i in range(32):
         line[i] = d * float32(int8(block[2 + i]))
 
 
 def _q2_k(block: Any, line: Any) -> None:
-    d, m = half(block, 80), half(block, 82)
+    d, m = _half(block, 80), _half(block, 82)
     for j in range(16):
         dl, ml = d * float32(block[j] & 15), m * float32(block[j] >> 4)
         at, shift = 16 + (j >> 3) * 32 + (j & 1) * 16, ((j >> 1) & 3) * 2
@@ -118,7 +116,7 @@ def _q2_k(block: Any, line: Any) -> None:
 
 
 def _q3_k(block: Any, line: Any) -> None:
-    d = half(block, 108)
+    d = _half(block, 108)
     for j in range(16):
         low = (block[96 + (j & 7)] >> ((j >> 3) * 4)) & 15
         high = (block[104 + (j & 3)] >> ((j >> 2) * 2)) & 3
@@ -131,25 +129,25 @@ def _q3_k(block: Any, line: Any) -> None:
 
 
 def _q4_k(block: Any, line: Any) -> None:
-    d, m = half(block, 0), half(block, 2)
+    d, m = _half(block, 0), _half(block, 2)
     for j in range(8):
-        dl, ml, shift = d * scale(block, j), m * offset(block, j), (j & 1) * 4
+        dl, ml, shift = d * _scale(block, j), m * _offset(block, j), (j & 1) * 4
         codes, part = block[16 + (j >> 1) * 32 : 48 + (j >> 1) * 32], line[32 * j : 32 * j + 32]
         for i in range(32):
             part[i] = dl * float32((codes[i] >> shift) & 15) - ml
 
 
 def _q5_k(block: Any, line: Any) -> None:
-    d, m, high = half(block, 0), half(block, 2), block[16:48]
+    d, m, high = _half(block, 0), _half(block, 2), block[16:48]
     for j in range(8):
-        dl, ml, shift = d * scale(block, j), m * offset(block, j), (j & 1) * 4
+        dl, ml, shift = d * _scale(block, j), m * _offset(block, j), (j & 1) * 4
         codes, part = block[48 + (j >> 1) * 32 : 80 + (j >> 1) * 32], line[32 * j : 32 * j + 32]
         for i in range(32):
             part[i] = dl * float32(((codes[i] >> shift) & 15) | (((high[i] >> j) & 1) << 4)) - ml
 
 
 def _q6_k(block: Any, line: Any) -> None:
-    d = half(block, 208)
+    d = _half(block, 208)
     for j in range(16):
         dl = d * float32(int8(block[192 + j]))
         at, shift = (j >> 3) * 64 + (j & 3) * 16, ((j >> 2) & 1) * 4
@@ -161,7 +159,7 @@ def _q6_k(block: Any, line: Any) -> None:
 
 
 def _iq4_nl(block: Any, line: Any) -> None:
-    d = half(block, 0)
+    d = _half(block, 0)
     for i in range(16):
         line[i] = d * LEVELS[block[2 + i] & 15]
     for i in range(16):
@@ -169,7 +167,7 @@ def _iq4_nl(block: Any, line: Any) -> None:
 
 
 def _iq4_xs(block: Any, line: Any) -> None:
-    d = half(block, 0)
+    d = _half(block, 0)
     for j in range(8):
         low = (block[4 + (j >> 1)] >> ((j & 1) * 4)) & 15
         high = (block[2 + (j >> 2)] >> ((j & 3) * 2)) & 3
@@ -243,6 +241,6 @@ def _packer(kind: str) -> Kernel:
 def _compiled(
     function: Callable[..., Any], loop: str, block: BlockType, parameters: tuple[tuple[str, str], ...]
 ) -> Kernel:
-    source = inspect.getsource(function).replace(": Any", "").replace(" -> None", "").replace(" -> Any", "")
+    functions = [f"@njit(**FAST)\n{inspect.getsource(part)}" for part in (_half, _scale, _offset, function)]
     run = loop.format(name=function.__name__, elements=block.elements, size=block.size)
-    return load(Generated("\n\n\n".join((_HEAD, f"@njit(**FAST)\n{source}", run)) + "\n", parameters, ()))
+    return load(Generated("\n\n".join((_HEAD, *functions, run)) + "\n", parameters, ()))

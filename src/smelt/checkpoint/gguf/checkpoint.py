@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +28,8 @@ NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.ASCII)
 
 _SPLITS = "split.count"
 
-#: Tensors that are no weights, but settings of the rotary embedding.
-_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+_MOST_EXPERTS = 65_536
+_MOST_FACTORS = 65_536
 
 
 @dataclass(frozen=True)
@@ -75,12 +74,12 @@ class GgufCheckpoint(Checkpoint):
                 self._files[part.name] = GgufFile(present(part))
             self.header = next(iter(self._files.values())).header
             stored = dict(_united(path, [file.header for file in self._files.values()]))
+            self.notices: list[str] = [notice for file in self._files.values() for notice in file.header.notices]
+            self._views = self._viewed(stored)
         except BaseException:
             self.close()
             raise
         self.metadata = {key: text for key, text in self.header.metadata.items() if _is_fact(key, text)}
-        self.notices = [notice for file in self._files.values() for notice in file.header.notices]
-        self._views = self._viewed(stored)
         infos = ((name, TensorInfo(name, v.dtype, v.shape, *_home(v))) for name, v in sorted(self._views.items()))
         self.tensors: Mapping[str, TensorInfo] = dict(infos)
 
@@ -93,13 +92,15 @@ class GgufCheckpoint(Checkpoint):
             self.notices.append(f"the GGUF architecture {show(name)} is not known: its tensors keep their names")
             return {own: View(tensor, 0, tensor.shape) for own, tensor in stored.items()}
         self._configure(family, stored)
-        views = {}
+        views: dict[str, View] = {}
         strange = []
         for tensor in stored.values():
             theirs = family.hugging_face(tensor.name)
-            if theirs is None and tensor.name not in _FACTORS:
-                strange.append(tensor.name)
-            views |= dict(_views(family, tensor, theirs or tensor.name, self.config))
+            found = _views(family, tensor, theirs, self.config)
+            if twice := found.keys() & views.keys():
+                raise InputRejected(f"{show(tensor.file)}: two tensors are {show(min(twice))}")
+            views |= found
+            strange += [tensor.name] if theirs is None else []
         if strange:
             self.notices.append(f"{len(strange)} tensors keep their GGUF names, such as {show(strange[0])}")
         return views
@@ -111,7 +112,7 @@ class GgufCheckpoint(Checkpoint):
         config, notices = config_of(family, self.header.metadata, rows, "output.weight" not in stored)
         self.config = config
         self.notices += notices
-        if freqs := stored.pop(_FACTORS[0], None):
+        if freqs := stored.pop("rope_freqs.weight", None):
             scaling = llama3_scaling(self._whole(freqs), config)
             if scaling is None:
                 self.notices.append("its rotary factors are none of Llama 3's: config.json lacks them")
@@ -124,6 +125,9 @@ class GgufCheckpoint(Checkpoint):
             config |= {} if original is None else {"original_max_position_embeddings": original}
 
     def _whole(self, tensor: StoredTensor) -> npt.NDArray[np.float32]:
+        """A setting of the rotary embedding that is stored as a tensor."""
+        if tensor.count > _MOST_FACTORS:
+            raise InputRejected(f"{show(tensor.file)}: tensor {show(tensor.name)} has {tensor.count} rotary factors")
         return self._files[tensor.file].whole(tensor).reshape(-1).astype(np.float32)
 
     # --- reading --------------------------------------------------------------------------------------------
@@ -176,14 +180,6 @@ class GgufCheckpoint(Checkpoint):
         for file in self._files.values():
             file.close()
 
-    @property
-    def kinds(self) -> Mapping[str, int]:
-        """How many elements are stored as each type."""
-        counts: Counter[str] = Counter()
-        for stored in {view.stored for view in self._views.values()}:
-            counts[stored.kind] += stored.count
-        return counts
-
 
 def _is_fact(key: str, value: Any) -> bool:
     return isinstance(value, str) and key.startswith("general.")
@@ -195,22 +191,26 @@ def _home(view: View) -> tuple[str, int]:
     return stored.file, stored.offset + view.first * stored.nbytes // max(1, stored.count)
 
 
-def _views(
-    family: Family, tensor: StoredTensor, name: str, config: Mapping[str, Any]
-) -> Iterator[tuple[str, View]]:
-    """The tensors that a stored one stands for: one, or an expert each."""
+def _views(family: Family, tensor: StoredTensor, name: str | None, config: Mapping[str, Any]) -> dict[str, View]:
+    """The tensors that a stored one stands for: one, or an expert each. ``name``: what it is called elsewhere."""
+    what = f"{show(tensor.file)}: tensor {show(tensor.name)}"
+    if name is None:
+        return {tensor.name: View(tensor, 0, tensor.shape)}
     if "#" in name:
-        count = tensor.count // tensor.shape[0]
-        for expert in range(tensor.shape[0]):
-            yield name.replace("#", str(expert)), View(tensor, expert * count, tensor.shape[1:])
-        return
+        if len(tensor.shape) != 3 or tensor.shape[0] > _MOST_EXPERTS:
+            raise InputRejected(f"{what} has the shape {list(tensor.shape)}, expected a matrix for each expert")
+        size = tensor.count // tensor.shape[0]
+        places = {name.replace("#", str(expert)): expert * size for expert in range(tensor.shape[0])}
+        return {each: View(tensor, first, tensor.shape[1:]) for each, first in places.items()}
     shape = (1, tensor.shape[-1]) if name.endswith("shared_expert_gate.weight") else tensor.shape
     heads = family.heads(tensor.name, config)
-    if heads is not None and (not isinstance(heads, int) or heads < 1 or shape[0] % (2 * heads)):
-        raise InputRejected(
-            f"{show(tensor.file)}: tensor {show(tensor.name)} has {shape[0]} rows, which {show(heads)} heads cannot share"
-        )
-    yield name, View(tensor, 0, shape, heads, family.is_shifted(tensor.name))
+    if heads is not None and not _shares(heads, shape):
+        raise InputRejected(f"{what} has the shape {list(shape)}, whose rows {show(heads)} heads cannot share")
+    return {name: View(tensor, 0, shape, heads, family.is_shifted(tensor.name))}
+
+
+def _shares(heads: Any, shape: tuple[int, ...]) -> bool:
+    return isinstance(heads, int) and heads > 0 and bool(shape) and shape[0] % (2 * heads) == 0
 
 
 # --- files of a set -------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ def _united(path: Path, headers: list[GgufHeader]) -> Iterator[tuple[str, Stored
     """The tensors of all files, none twice."""
     where, seen = storage.shown(path), set()
     stated = headers[0].metadata.get(_SPLITS, 1)
-    if stated not in (0, 1, len(headers)) or (stated > 1) != (len(headers) > 1):
+    if not isinstance(stated, int) or max(stated, 1) != len(headers):
         raise InputRejected(f"{where} is one of {show(stated)} files, found {len(headers)}: keep the names of the set")
     for header in headers:
         for name, tensor in header.tensors.items():
@@ -247,5 +247,5 @@ def _united(path: Path, headers: list[GgufHeader]) -> Iterator[tuple[str, Stored
     if not seen:
         raise InputRejected(f"{where} holds no tensor")
     wanted = headers[0].metadata.get("split.tensors.count", len(seen))
-    if wanted != len(seen):
+    if not isinstance(wanted, int) or wanted != len(seen):
         raise InputRejected(f"{where}: the set should hold {show(wanted)} tensors, found {len(seen)}")

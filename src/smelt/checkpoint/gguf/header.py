@@ -20,8 +20,22 @@ from ... import storage
 from ...errors import InputRejected, show
 from ..safetensors import MAX_TENSORS, name_problem
 from .format import (
-    ALIGNMENT, ALIGNMENT_KEY, ARRAY, BOOL, MAGIC, MAX_RANK, READABLE, SCALARS, TEXT, TYPE_NAMES, U32, VERSIONS,
-    StoredTensor, aligned, bytes_of, elements_of,
+    ALIGNMENT,
+    ALIGNMENT_KEY,
+    ARRAY,
+    BOOL,
+    MAGIC,
+    MAX_RANK,
+    READABLE,
+    SCALARS,
+    TEXT,
+    TYPE_NAMES,
+    U32,
+    VERSIONS,
+    StoredTensor,
+    aligned,
+    bytes_of,
+    elements_of,
 )  # fmt: skip
 
 MAX_HEADER = 512 << 20  # bytes
@@ -203,9 +217,7 @@ def _alignment(metadata: Mapping[str, Any], kinds: Mapping[str, int]) -> int:
     return int(alignment)
 
 
-def _placed(
-    infos: list[_Info], file: str, end: int, alignment: int, size: int
-) -> Iterator[tuple[str, StoredTensor]]:
+def _placed(infos: list[_Info], file: str, end: int, alignment: int, size: int) -> Iterator[tuple[str, StoredTensor]]:
     """The tensors by name, in the order of the file: one behind the other, the last within the file."""
     data = aligned(end, alignment)
     expected, seen = 0, set()

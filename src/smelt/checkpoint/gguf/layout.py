@@ -18,7 +18,18 @@ from ...kernels.dtypes import DTYPES
 from ..base import TensorInfo
 from .families import FAMILY_OF, Family
 from .format import (
-    ALIGNMENT, ALIGNMENT_KEY, ARRAY, F32, MAGIC, SCALARS, TEXT, TYPE_NUMBERS, U32, aligned, bytes_of, elements_of,
+    ALIGNMENT,
+    ALIGNMENT_KEY,
+    ARRAY,
+    F32,
+    MAGIC,
+    SCALARS,
+    TEXT,
+    TYPE_NUMBERS,
+    U32,
+    aligned,
+    bytes_of,
+    elements_of,
 )  # fmt: skip
 from .header import GgufHeader
 from .settings import metadata_of, rope_factors, rope_of
@@ -171,9 +182,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", name)]
 
 
-def _tensor(
-    name: str, sources: dict[int | None, str], shapes: Mapping[str, tuple[int, ...]], dtype: str
-) -> _Stored:
+def _tensor(name: str, sources: dict[int | None, str], shapes: Mapping[str, tuple[int, ...]], dtype: str) -> _Stored:
     shape = shapes[next(iter(sources.values()))]
     if None not in sources:
         wanted = set(range(len(sources)))

@@ -81,7 +81,7 @@ def _fill(config: dict[str, Any], metadata: Mapping[str, Any], own: str) -> None
     if heads is not None:
         config.setdefault("num_key_value_heads", heads)
     if heads and width and "head_dim" not in config:
-        rotated = metadata.get(own + "rope.dimension_count") if "llama." == own else None
+        rotated = metadata.get(own + "rope.dimension_count") if own == "llama." else None
         config["head_dim"] = rotated or width // heads
     if experts := metadata.get(own + "expert_count"):
         config[number_of_experts_key(model)] = experts
@@ -123,7 +123,8 @@ def rope_factors(rope: Mapping[str, Any], width: int) -> np.ndarray[Any, np.dtyp
 def llama3_scaling(factors: Any, config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The settings of Llama 3 that give these factors, or None where they are others."""
     rope = {"rope_type": "llama3", "factor": _shortest(float(factors.max())), **_LLAMA3}
-    made = rope_factors({**rope, "rope_theta": config["rope_theta"]}, 2 * len(factors))
+    with np.errstate(all="ignore"):
+        made = rope_factors({**rope, "rope_theta": config["rope_theta"]}, 2 * len(factors))
     return rope if np.allclose(made, factors, rtol=1e-4) else None
 
 
@@ -145,7 +146,11 @@ def metadata_of(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[str
     stated = {**config, "rope_theta": rope_of(config)["rope_theta"]}
     if stated.get("use_sliding_window") is False:
         stated["sliding_window"] = None
+    for key in ("max_position_embeddings", "num_hidden_layers", "intermediate_size"):
+        _needed(config, key)
     heads, width = (_needed(config, key) for key in ("num_attention_heads", "hidden_size"))
+    if not isinstance(config.get("rms_norm_eps"), float):
+        raise ValueError(f"config.json says rms_norm_eps = {config.get('rms_norm_eps')!r}, expected a number")
     stated.setdefault("num_key_value_heads", heads)
     for key, theirs, kind in _SETTINGS:
         value = stated.get(theirs)
@@ -166,7 +171,7 @@ def metadata_of(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[str
 def _needed(config: Mapping[str, Any], key: str) -> int:
     value = config.get(key)
     if not isinstance(value, int) or value < 1:
-        raise ValueError(f"config.json says {key} = {value!r}, expected a whole number")
+        raise ValueError(f"config.json says {key} = {value!r}, expected a whole number: GGUF needs it")
     return value
 
 

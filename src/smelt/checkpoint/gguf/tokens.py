@@ -134,7 +134,7 @@ def _adds_prefix(tree: Mapping[str, Any]) -> bool:
     kinds = [(step.get("type"), step.get("prepend"), step.get("content")) for step in steps]
     prepend, replace = ("Prepend", _SPACE, None), ("Replace", None, _SPACE)
     if before.get("type") == "Metaspace" and not kinds and before.get("replacement") == _SPACE:
-        return before.get("prepend_scheme", "always") != "never"
+        return bool(before.get("prepend_scheme", "always") != "never")
     plain = not before or before.get("type") == "Split"
     if plain and kinds in ([prepend, replace], [replace]):
         return kinds[0] == prepend
@@ -158,7 +158,7 @@ def _spaced(tokens: Sequence[Piece], prefix: bool) -> list[Entry]:
 
 def _completed(pieces: Mapping[int, Piece], added: Mapping[int, tuple[str, bool]], rows: int) -> list[Piece]:
     """One token per row of the embedding: the vocabulary, what was added to it, and fillers."""
-    found = {index: piece for index, piece in pieces.items()}
+    found = dict(pieces)
     for index, (text, special) in added.items():
         old = found.get(index)
         if old is not None and old.text == text and old.kind not in (NORMAL, USER_DEFINED):
@@ -195,7 +195,7 @@ def _special(tree: Mapping[str, Any], settings: Mapping[str, Any], config: Mappi
     for word, own in _SPECIAL.items():
         stated = settings.get(f"{word}_token")
         text = stated.get("content") if isinstance(stated, Mapping) else stated
-        index = ids.get(text, config.get(f"{word}_token_id"))
+        index = ids.get(str(text), config.get(f"{word}_token_id"))
         if isinstance(index, list) and index:
             index = index[0]
         if isinstance(index, int):

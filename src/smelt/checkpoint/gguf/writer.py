@@ -56,7 +56,7 @@ class GgufWriter:
             raise ValueError(f"items {start} to {start + len(array)} of {info} are outside of the tensor")
         data, read = _encoded(place, array, name)
         for first, last, at in _runs(place, start, len(array)):
-            begin, end = (bytes_of(place.kind, place_) for place_ in (first, last))
+            begin, end = (bytes_of(place.kind, edge) for edge in (first, last))
             offset = place.offset + bytes_of(place.kind, at)
             storage.pwrite_all(self._descriptor, data[begin:end], offset, self._path)
         with self._lock:
@@ -82,13 +82,19 @@ def _encoded(place: Placement, array: npt.NDArray[Any], name: str) -> tuple[memo
     if place.kind in BLOCK_TYPES:
         blocks, read = np.empty(bytes_of(place.kind, len(array)), np.uint8), np.empty_like(array)
         if not pack(place.kind, array, blocks):
-            raise OperationFailed(f"tensor {show(name)} holds a value that {place.kind} does not: NaN, Inf or too large")
+            raise OperationFailed(
+                f"tensor {show(name)} holds a value that {place.kind} does not: NaN, Inf or too large"
+            )
         unpack(place.kind, blocks, read)
-        return memoryview(blocks), read
+        return blocks.data, read
     if place.shifted:
         stored = array + np.float32(1)
-        return memoryview(stored).cast("B"), stored - np.float32(1)
-    return memoryview(array).cast("B"), array
+        return _bytes(stored), stored - np.float32(1)
+    return _bytes(array), array
+
+
+def _bytes(array: npt.NDArray[Any]) -> memoryview:
+    return array.view(np.uint8).data
 
 
 def _runs(place: Placement, start: int, count: int) -> list[tuple[int, int, int]]:
@@ -99,7 +105,11 @@ def _runs(place: Placement, start: int, count: int) -> list[tuple[int, int, int]
     rows = np.arange(start // width, -(-end // width))
     homes = interleaved(rows, place.rows, place.heads)
     return [
-        (max(row * width, start) - start, min((row + 1) * width, end) - start, home * width + max(start - row * width, 0))
+        (
+            max(row * width, start) - start,
+            min((row + 1) * width, end) - start,
+            home * width + max(start - row * width, 0),
+        )
         for row, home in zip(rows.tolist(), homes.tolist(), strict=True)
     ]
 
