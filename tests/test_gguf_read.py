@@ -169,3 +169,10 @@ def test_the_gguf_package_reads_what_the_test_files_hold(tmp_path: Path, arrays:
     gguf = pytest.importorskip("gguf")
     reader = gguf.GGUFReader(save_llama(tmp_path / "m.gguf", arrays, quantised=True))
     assert {tensor.name for tensor in reader.tensors} == {gguf_name(name) for name in arrays}
+
+
+def test_a_tokenizer_that_is_left_behind_is_told(tmp_path: Path, arrays: Arrays) -> None:
+    metadata = {**LLAMA, "tokenizer.ggml.tokens": [f"t{index}" for index in range(96)]}
+    source = save_llama(tmp_path / "m.gguf", arrays, quantised=True, metadata=metadata)
+    recipe = {"merge_method": "linear", "models": [{"model": source, "parameters": {"weight": 1}}]}
+    assert any("tokenizer is not written" in warning for warning in smelt.merge(recipe, tmp_path / "out").warnings)

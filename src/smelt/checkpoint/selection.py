@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from .. import storage
 from ..errors import InputRejected, show
 from .documents import brief
 from .place import Place

@@ -19,7 +19,7 @@ from ..kernels.dtypes import DTYPES
 from ..methods import Method, Tensor, get
 from ..recipe import Recipe, not_yet, parse, parse_mapping
 from .alignment import Alignment, align, truncate
-from .gguf import gguf_layout, in_gguf
+from .gguf import gguf_layout, in_gguf, tokenizer_notices
 from .inputs import Inputs, Places
 from .layout import Layout, layout
 from .options import BASELINE, SHARD_SIZE, Options
@@ -236,12 +236,14 @@ def _planned(recipe: Recipe, method: Method, options: Options, inputs: Inputs) -
         outputs = maker.in_parts(outputs, chart.pieces)
     notices += [*tokens.notices, *id_notices(inputs.donor.checkpoint, tokens)] if tokens is not None else []
     notices += alignment.notices if alignment is not None else ()
+    as_gguf = recipe.output is not None and recipe.output.format == "gguf"
+    notices += tokenizer_notices(inputs.donor) if tokens is None and not as_gguf else []
     made = Plan(
         recipe, method, maker.resolver.variant, seed, options, inputs, chart, tuple(outputs), notices,
         tokens=None if tokens is None else replace(tokens, known={}), alignment=alignment,
         measured=maker.resolver.measured(),
     )  # fmt: skip
-    if recipe.output is not None and recipe.output.format == "gguf":
+    if as_gguf:
         file = gguf_layout(made)
         made = replace(made, outputs=in_gguf(made.outputs, file), gguf=file, notices=[*notices, *file.notices])
     UsageError.gather(_memory_problems(made))

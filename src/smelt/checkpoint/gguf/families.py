@@ -63,8 +63,8 @@ class Family:
 
     ``models``: model_type -> class, of the models it stands for; the first where a file does not tell.
     ``layer``, ``experts``: GGUF's names within a layer, and those of Hugging Face. ``permuted``: the rows of q and
-    k pair up the halves that rotary embeddings rotate. ``shifted``: norms are stored with 1 added. ``constants``: of
-    the config, where a file says nothing of them.
+    k pair up the halves that rotary embeddings rotate. ``shifted``: norms are stored with 1 added. ``constants``: what
+    llama.cpp computes whatever a config says, and GGUF therefore does not hold.
     """
 
     architecture: str
@@ -130,7 +130,8 @@ FAMILIES = {
         Family("qwen2", {"qwen2": "Qwen2ForCausalLM"}, _DENSE, constants=_SILU),
         Family("qwen3", {"qwen3": "Qwen3ForCausalLM"}, {**_DENSE, **_HEAD_NORMS}, constants=_SILU),
         Family(
-            "qwen2moe", {"qwen2_moe": "Qwen2MoeForCausalLM"}, {**_ROUTED, **_SHARED}, _QWEN_EXPERTS, constants=_SILU,
+            "qwen2moe", {"qwen2_moe": "Qwen2MoeForCausalLM"}, {**_ROUTED, **_SHARED}, _QWEN_EXPERTS,
+            constants={**_SILU, "norm_topk_prob": False},
         ),
         Family(
             "qwen3moe", {"qwen3_moe": "Qwen3MoeForCausalLM"}, {**_ROUTED, **_HEAD_NORMS}, _QWEN_EXPERTS,
@@ -143,7 +144,7 @@ FAMILIES = {
         Family("gemma2", {"gemma2": "Gemma2ForCausalLM"}, _GEMMA2, shifted=True, tied=True, constants=_GELU),
         Family(
             "gemma3", {"gemma3_text": "Gemma3ForCausalLM"}, {**_GEMMA2, **_HEAD_NORMS}, shifted=True, tied=True,
-            constants=_GELU,
+            constants={**_GELU, "rope_local_base_freq": 10000.0},
         ),
         Family("phi3", {"phi3": "Phi3ForCausalLM"}, _PHI3, constants=_SILU),
     )

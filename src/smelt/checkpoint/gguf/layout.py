@@ -190,6 +190,8 @@ def _tensor(name: str, sources: dict[int | None, str], shapes: Mapping[str, tupl
         if sources.keys() != wanted or different:
             raise InputRejected(f"tensor {show(name)}: its {len(sources)} experts are not numbered through, or differ")
         shape = (len(sources), *shape)
+    if name.endswith("ffn_gate_inp_shexp.weight"):
+        shape = shape[-1:]  # one row, which others read as a vector
     if len(shape) > 4 or 0 in shape:
         raise InputRejected(f"tensor {show(name)} has the shape {list(shape)}, which GGUF does not hold")
     return _Stored(name, _kind(name, shape, dtype), shape, sources)

@@ -29,6 +29,9 @@ SPECIAL_IDS = {
     "bos": "bos_token_id", "eos": "eos_token_id", "unknown": "unk_token_id", "padding": "pad_token_id",
 }  # fmt: skip
 
+#: How many layers the largest Gemma has.
+_LARGEST = {"gemma2": 46, "gemma3_text": 62}
+
 _ORIGINAL = "original_max_position_embeddings"
 
 #: What Llama 3.1 to 3.3 spread their context with; a GGUF file holds only the factors that follow from it.
@@ -85,11 +88,17 @@ def _fill(config: dict[str, Any], metadata: Mapping[str, Any], own: str) -> None
         config["head_dim"] = rotated or width // heads
     if experts := metadata.get(own + "expert_count"):
         config[number_of_experts_key(model)] = experts
-    if heads and width and model in ("gemma2", "gemma3_text"):
-        largest = config.get("num_hidden_layers") == (46 if model == "gemma2" else 62)
-        config["query_pre_attn_scalar"] = width // heads if largest else config["head_dim"]
+    if heads and width and model in _LARGEST:
+        config["query_pre_attn_scalar"] = _query_scale(config)
     if scaling := _scaling(metadata, own + "rope.scaling."):
         config["rope_scaling"] = scaling
+
+
+def _query_scale(config: Mapping[str, Any]) -> int:
+    """What Gemma divides attention by the root of: the width of a head, in the largest model its share of the whole."""
+    share: int = config["hidden_size"] // config["num_attention_heads"]
+    largest = config.get("num_hidden_layers") == _LARGEST[config["model_type"]]
+    return share if largest else config.get("head_dim", share)
 
 
 def _scaling(metadata: Mapping[str, Any], own: str) -> dict[str, Any] | None:
@@ -143,6 +152,7 @@ def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
 def metadata_of(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[str, int, Any]]:
     """(key, kind, value) of what a config says. ValueError, with a sentence, where it lacks what is needed."""
     own = f"{family.architecture}."
+    _check_computed(family, config)
     stated = {**config, "rope_theta": rope_of(config)["rope_theta"]}
     if stated.get("use_sliding_window") is False:
         stated["sliding_window"] = None
@@ -166,6 +176,16 @@ def metadata_of(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[str
     if experts and family.experts:
         yield own + "expert_count", U32, experts
     yield from _scaling_of(family, own + "rope.scaling.", rope_of(config))
+
+
+def _check_computed(family: Family, config: Mapping[str, Any]) -> None:
+    """ValueError where llama.cpp would compute something else than what the config says."""
+    fixed = {} if family.shifted else dict(family.constants)
+    if config["model_type"] in _LARGEST and {"hidden_size", "num_attention_heads"} <= config.keys():
+        fixed["query_pre_attn_scalar"] = _query_scale(config)
+    for key, value in fixed.items():
+        if config.get(key) not in (None, value):
+            raise ValueError(f"config.json says {key} = {config[key]!r}, llama.cpp always computes with {value!r}")
 
 
 def _needed(config: Mapping[str, Any], key: str) -> int:
