@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import time
 import tracemalloc
@@ -127,6 +128,25 @@ def test_commands_refuse_with_exit_code_3(tmp_path: Path, capsys: pytest.Capture
         code, lines = refusal(capsys, *command)
         assert (code, len(lines), "version 1" in lines[0]) == (3, 1, True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", "r.yml"]
+
+
+@pytest.mark.parametrize("odd", [("I", [1, 2]), ["a", "b"], "text", ("f", float("nan")), ("i", -1), ("?", True)])
+def test_settings_of_any_type_are_no_trouble(tmp_path: Path, odd: Any) -> None:
+    """What is not understood is left out of the config, or refused."""
+    keys = [
+        *LLAMA, "llama.expert_count", "llama.vocab_size", "llama.rope.scaling.type", "llama.rope.scaling.factor",
+        "llama.rope.scaling.original_context_length", "general.name", "split.count", "split.tensors.count",
+        "tokenizer.ggml.bos_token_id", "tokenizer.ggml.tokens", "llama.attention.key_length",
+    ]  # fmt: skip
+    factors = {"rope_freqs.weight": (0, (8,), np.ones(8, np.float32).tobytes())}
+    tensors = {"blk.0.attn_q.weight": (0, (8, 32), bytes(1024)), **factors}
+    for architecture in ("llama", "gemma2", "phi3"):
+        for key in keys:
+            own = {name.replace("llama.", f"{architecture}."): item for name, item in LLAMA.items()}
+            own |= {"general.architecture": architecture, key.replace("llama.", f"{architecture}."): odd}
+            (tmp_path / "m.gguf").write_bytes(packed(own, tensors))
+            with contextlib.suppress(InputRejected):
+                smelt.load(tmp_path / "m.gguf").close()
 
 
 def mutated(whole: bytes, header: int, random: np.random.Generator) -> bytes:

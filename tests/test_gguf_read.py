@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import smelt
+from smelt.checkpoint.gguf import GgufCheckpoint
 from tests.gguf_files import LLAMA, gguf_name, packed, permuted, q8_0, save_llama, stored_llama, unpacked_q8_0
 from tests.readback import stored
 from tests.small_models import CONFIG, Arrays, bf16, fine_tuned, llama, save
@@ -96,16 +97,20 @@ def test_check_tells_relatives_from_strangers(tmp_path: Path, arrays: Arrays) ->
 def test_an_unknown_architecture_keeps_its_names(tmp_path: Path) -> None:
     """And is merged with another of its kind."""
     weight = np.arange(64, dtype=np.float32).reshape(2, 32)
-    metadata = {"general.architecture": "novel"}
+    metadata = {"general.architecture": "novel", "novel.odd": ("f", [1.0, 2.0])}
     for name in "ab":
         (tmp_path / f"{name}.gguf").write_bytes(packed(metadata, {"blk.0.odd.weight": f32(weight)}))
     with smelt.load(tmp_path / "a.gguf") as model:
         assert list(model) == ["blk.0.odd.weight"]
         assert "'novel' is not known" in " ".join(model.notices)
-    smelt.merge({"merge_method": "linear", "models": [
-        {"model": str(tmp_path / f"{name}.gguf"), "parameters": {"weight": 1}} for name in "ab"
-    ]}, tmp_path / "out")  # fmt: skip
+    models = [{"model": str(tmp_path / f"{name}.gguf"), "parameters": {"weight": 1}} for name in "ab"]
+    smelt.merge({"merge_method": "linear", "models": models}, tmp_path / "out")
     assert stored(tmp_path / "out")["blk.0.odd.weight"].values.tobytes() == weight.tobytes()
+    smelt.merge({"merge_method": "linear", "models": models, "output": {"format": "gguf"}}, tmp_path / "again")
+    with smelt.load(tmp_path / "again") as made:
+        assert isinstance(made, GgufCheckpoint)
+        assert made["blk.0.odd.weight"].tobytes() == weight.tobytes()
+        assert made.header.metadata["novel.odd"].tolist() == [1.0, 2.0]
 
 
 def test_gemma_norms_lose_the_one_that_was_added(tmp_path: Path) -> None:

@@ -156,6 +156,19 @@ def test_llama_3_scaling_comes_back(tmp_path: Path) -> None:
         assert sorted(model) == sorted(arrays)
 
 
+def test_the_factors_of_phi_3_come_back(tmp_path: Path) -> None:
+    scaling = {"rope_type": "longrope", "long_factor": [1.5, 2.25, 3.1, 4.0], "short_factor": [1.0, 1.1, 1.2, 1.3]}
+    config = {**FULL, "model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "partial_rotary_factor": 0.5,
+              "rope_scaling": scaling, "original_max_position_embeddings": 1024}  # fmt: skip
+    arrays = {name: array for name, array in llama(1).items() if "layers" not in name}
+    with written(save(tmp_path / "m", arrays, config=config), tmp_path / "m.gguf") as model:
+        assert sorted(model) == sorted(arrays)
+        for key in ("rope_scaling", "original_max_position_embeddings", "partial_rotary_factor"):
+            assert model.config[key] == config[key]
+        assert model.header.metadata["phi3.rope.scaling.attn_factor"] == pytest.approx((1 + 1 / 10) ** 0.5)
+        assert model.header.metadata["phi3.attention.sliding_window"] == 0
+
+
 # --- through a recipe -----------------------------------------------------------------------------------
 
 
@@ -176,6 +189,27 @@ def test_a_merge_is_written_as_q8_0(tmp_path: Path, dense: str) -> None:
             mean = (first[name].astype(np.float32) + second[name].astype(np.float32)) / np.float32(2)
             wanted = unpacked_q8_0(q8_0(mean)).reshape(mean.shape) if mean.ndim > 1 else mean
             assert model[name].tobytes() == wanted.tobytes()
+
+
+def test_tensors_that_are_only_copied_are_quantised_too(tmp_path: Path, dense: str) -> None:
+    other = save(tmp_path / "other", bf16(fine_tuned(llama(1), 2)), config=FULL)
+    smelt.merge({**recipe(dense, other, dtype="q8_0"), "only": ["mlp"]}, tmp_path / "out")
+    assert smelt.verify(tmp_path / "out").ok
+    with smelt.load(tmp_path / "out") as model:
+        for name in ("lm_head.weight", "model.layers.1.self_attn.q_proj.weight", "model.norm.weight"):
+            values = bf16(llama(1))[name].astype(np.float32)
+            wanted = unpacked_q8_0(q8_0(values)).reshape(values.shape) if values.ndim > 1 else values
+            assert model[name].tobytes() == wanted.tobytes()
+
+
+def test_what_another_document_takes_is_no_gguf(tmp_path: Path, dense: str) -> None:
+    text = (
+        f"name: first\nmerge_method: linear\nmodels: [{{model: {dense}, parameters: {{weight: 1}}}}]\n"
+        "output: {format: gguf}\n---\nmerge_method: linear\nmodels: [{model: first, parameters: {weight: 1}}]\n"
+    )
+    (tmp_path / "r.yml").write_text(text)
+    with pytest.raises(UsageError, match=r"r\.yml:4:1: a result that another document takes"):
+        smelt.merge(tmp_path / "r.yml", tmp_path / "out")
 
 
 def test_the_same_merge_gives_the_same_bytes(tmp_path: Path, dense: str) -> None:

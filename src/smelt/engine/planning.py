@@ -77,6 +77,11 @@ class Plan:
 
     @property
     def bytes_written(self) -> int:
+        return self.bytes_made if self.gguf is None else self.gguf.size
+
+    @property
+    def bytes_made(self) -> int:
+        """Of the tensors as they are computed: more than is written where that is quantised."""
         return sum(output.nbytes for output in self.outputs)
 
     @property

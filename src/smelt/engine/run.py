@@ -174,7 +174,7 @@ def _differing_integers(output: Output) -> list[str]:
 
 def _write_weights(plan: Plan, folder: Path, progress: Progress, warn: Callable[[str], None]) -> dict[str, Any]:
     """Merge and write every tensor; returns name -> dtype, shape, file, sha256."""
-    progress.start(plan.bytes_read + plan.bytes_written, "merging")
+    progress.start(plan.bytes_read + plan.bytes_made, "merging")
 
     def fill(sink: DiskSink) -> None:
         _execute(plan, sink, progress, warn)

@@ -53,6 +53,11 @@ def stages_of(recipe: RecipeLike, models: Mapping[str, Any]) -> list[Stage]:
         for name in models
         if name in taken or name not in named
     )  # fmt: skip
+    UsageError.gather(
+        recipe.position("output").report("a result that another document takes is not written as gguf")
+        for recipe in recipes[:-1]
+        if recipe.output is not None and recipe.output.format == "gguf"
+    )
     return stages
 
 

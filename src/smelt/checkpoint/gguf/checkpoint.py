@@ -21,7 +21,8 @@ from .families import FAMILIES, Family
 from .file import GgufFile
 from .format import PLAIN, StoredTensor
 from .header import GgufHeader
-from .settings import config_of, llama3_scaling
+from .rotary import LLAMA3_FACTORS, LONG_FACTORS, count_in, llama3_scaling, long_scaling
+from .settings import config_of
 
 #: A file of a split set: stem, number, total.
 NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.ASCII)
@@ -112,16 +113,15 @@ class GgufCheckpoint(Checkpoint):
         config, notices = config_of(family, self.header.metadata, rows, "output.weight" not in stored)
         self.config = config
         self.notices += notices
-        if freqs := stored.pop("rope_freqs.weight", None):
-            scaling = llama3_scaling(self._whole(freqs), config)
+        if freqs := stored.pop(LLAMA3_FACTORS, None):
+            scaling = llama3_scaling(self._whole(freqs), config["rope_theta"])
             if scaling is None:
                 self.notices.append("its rotary factors are none of Llama 3's: config.json lacks them")
             config |= {} if scaling is None else {"rope_scaling": scaling}
-        factors = {key: stored.pop(f"rope_factors_{key}.weight", None) for key in ("long", "short")}
-        lists = {f"{key}_factor": self._whole(tensor).tolist() for key, tensor in factors.items() if tensor}
-        if lists:
-            config["rope_scaling"] = {"rope_type": "longrope", **lists}
-            original = self.header.metadata.get(f"{family.architecture}.rope.scaling.original_context_length")
+        factors = {key: stored.pop(name, None) for key, name in LONG_FACTORS.items()}
+        if all(factors.values()):
+            config["rope_scaling"] = long_scaling({key: self._whole(one) for key, one in factors.items() if one})
+            original = count_in(self.header.metadata, f"{family.architecture}.rope.scaling.original_context_length")
             config |= {} if original is None else {"original_max_position_embeddings": original}
 
     def _whole(self, tensor: StoredTensor) -> npt.NDArray[np.float32]:

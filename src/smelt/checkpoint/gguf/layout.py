@@ -32,7 +32,8 @@ from .format import (
     elements_of,
 )  # fmt: skip
 from .header import GgufHeader
-from .settings import metadata_of, rope_factors, rope_of
+from .rotary import rope_tensors
+from .settings import metadata_of
 from .tokens import Entry, tokenizer_entries
 
 #: What a file may be written as, and its number in ``general.file_type``.
@@ -129,11 +130,13 @@ def plan_gguf(file: str, shapes: Mapping[str, tuple[int, ...]], of: Described, d
         raise UsageError(f"GGUF is written as {', '.join(FILE_TYPES)}, not as {dtype}")
     family = of.family
     stored = _stored(family, {name: shape for name, shape in shapes.items() if not is_buffer(name)}, dtype)
-    extra = _rope(family, of.config)
     try:
         entries, notices = _entries(of, family, stored, dtype)
+        extra = _rope(family, of.config)
     except ValueError as error:
         raise InputRejected(str(error)) from error
+    except (KeyError, TypeError) as error:
+        raise InputRejected(f"config.json lacks what GGUF needs, or has it of another type: {error}") from error
     everything = [*extra, *stored]
     for tensor, place in zip(everything, _offsets(everything), strict=True):
         tensor.offset = place
@@ -205,13 +208,9 @@ def _kind(name: str, shape: tuple[int, ...], dtype: str) -> str:
 
 
 def _rope(family: Family | None, config: Mapping[str, Any]) -> dict[_Stored, bytes]:
-    """What Llama 3 divides its frequencies by: a tensor here, settings elsewhere."""
-    rope = rope_of(config)
-    if family is None or not family.permuted or rope["rope_type"] != "llama3":
-        return {}
-    width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    factors = rope_factors(rope, width)
-    return {_Stored("rope_freqs.weight", "F32", factors.shape, {}): factors.tobytes()}
+    """Settings of the rotary embedding that are tensors here."""
+    found = {} if family is None else rope_tensors(family.architecture, config)
+    return {_Stored(name, "F32", array.shape, {}): array.tobytes() for name, array in found.items()}
 
 
 def _offsets(tensors: Iterable[_Stored]) -> list[int]:
@@ -256,9 +255,10 @@ def _entries(
     if any(tensor.kind == "Q8_0" for tensor in stored):
         said.append(("general.quantization_version", U32, 2))
     if family is not None:
-        said = [("general.architecture", TEXT, family.architecture), *said, *metadata_of(family, of.config)]
-        if of.config["model_type"] in ("mistral",):
-            said.append(("general.basename", TEXT, of.config["model_type"]))
+        config = {**of.config, "vocab_size": _rows(stored)}
+        said = [("general.architecture", TEXT, family.architecture), *said, *metadata_of(family, config)]
+        if config["model_type"] == "mistral":  # which the architecture does not tell from Llama
+            said.append(("general.basename", TEXT, "mistral"))
     notices = []
     if family is not None and not any(key.startswith("tokenizer.") for key in found):
         tokens = tokenizer_entries(of.files, of.config, _rows(stored))

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from .families import Family
-from .format import F32, TEXT, U32
+from .format import F32, U32
 from .header import Texts
+from .rotary import count_in, rope_of, scaling_entries, scaling_of, shortest
 
 #: (key behind the architecture, key of the config, kind).
 _SETTINGS = (
@@ -32,11 +33,6 @@ SPECIAL_IDS = {
 #: How many layers the largest Gemma has.
 _LARGEST = {"gemma2": 46, "gemma3_text": 62}
 
-_ORIGINAL = "original_max_position_embeddings"
-
-#: What Llama 3.1 to 3.3 spread their context with; a GGUF file holds only the factors that follow from it.
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, _ORIGINAL: 8192}
-
 
 def number_of_experts_key(model_type: str) -> str:
     return "num_local_experts" if model_type == "mixtral" else "num_experts"
@@ -46,7 +42,7 @@ def model_type_of(family: Family, metadata: Mapping[str, Any]) -> str:
     """Which of the models that an architecture stands for a file holds, by its experts and its name."""
     if len(family.models) == 1:
         return next(iter(family.models))
-    if metadata.get(f"{family.architecture}.expert_count"):
+    if count_in(metadata, f"{family.architecture}.expert_count"):
         return "mixtral"
     names = " ".join(str(metadata.get(f"general.{key}", "")) for key in ("basename", "name")).lower()
     return "mistral" if "mistral" in names else "llama"
@@ -66,8 +62,8 @@ def config_of(
         value = metadata.get(own + key)
         if isinstance(value, np.ndarray | Texts | str):
             notices.append(f"{own}{key} is given per layer, which config.json does not tell")
-        elif value is not None:
-            config[theirs] = _shortest(value)
+        elif value is not None and (theirs, value) != ("sliding_window", 0):
+            config[theirs] = shortest(value)
     _fill(config, metadata, own)
     if vocabulary is not None:
         config["vocab_size"] = vocabulary
@@ -80,17 +76,19 @@ def _fill(config: dict[str, Any], metadata: Mapping[str, Any], own: str) -> None
     """What is stated in other words, or goes without saying."""
     model = config["model_type"]
     heads, width = config.get("num_attention_heads"), config.get("hidden_size")
+    rotated = count_in(metadata, own + "rope.dimension_count")
     config.setdefault("rope_theta", 1e6 if model == "gemma3_text" else 10000.0)
     if heads is not None:
         config.setdefault("num_key_value_heads", heads)
     if heads and width and "head_dim" not in config:
-        rotated = metadata.get(own + "rope.dimension_count") if own == "llama." else None
-        config["head_dim"] = rotated or width // heads
-    if experts := metadata.get(own + "expert_count"):
+        config["head_dim"] = (rotated if own == "llama." else None) or width // heads
+    if experts := count_in(metadata, own + "expert_count"):
         config[number_of_experts_key(model)] = experts
     if heads and width and model in _LARGEST:
         config["query_pre_attn_scalar"] = _query_scale(config)
-    if scaling := _scaling(metadata, own + "rope.scaling."):
+    if model == "phi3" and rotated and config.get("head_dim", rotated) not in (0, rotated):
+        config["partial_rotary_factor"] = rotated / config["head_dim"]
+    if scaling := scaling_of(metadata, own + "rope.scaling."):
         config["rope_scaling"] = scaling
 
 
@@ -99,51 +97,6 @@ def _query_scale(config: Mapping[str, Any]) -> int:
     share: int = config["hidden_size"] // config["num_attention_heads"]
     largest = config.get("num_hidden_layers") == _LARGEST[config["model_type"]]
     return share if largest else config.get("head_dim", share)
-
-
-def _scaling(metadata: Mapping[str, Any], own: str) -> dict[str, Any] | None:
-    kind, factor = metadata.get(own + "type"), metadata.get(own + "factor")
-    if kind not in ("linear", "yarn") or factor is None:
-        return None
-    original = metadata.get(own + "original_context_length")
-    known = {} if original is None else {_ORIGINAL: original}
-    return {"rope_type": kind, "factor": _shortest(factor), **known}
-
-
-def _shortest(value: Any) -> Any:
-    """A float32 by the shortest decimal number that stands for it: 1e-05, not 9.999999747378752e-06."""
-    return float(str(np.float32(value))) if isinstance(value, float) else value
-
-
-# --- rotary factors -------------------------------------------------------------------------------------
-
-
-def rope_factors(rope: Mapping[str, Any], width: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """By what Llama 3 divides each of the ``width`` / 2 frequencies of a head: float32, computed in float32."""
-    frequencies = 1 / np.float32(rope["rope_theta"]) ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width))
-    length = np.float32(2 * np.pi) / frequencies
-    low, high, original = (rope[key] for key in ("low_freq_factor", "high_freq_factor", _ORIGINAL))
-    smooth = (original / length.astype(np.float64) - low) / (high - low)
-    between = 1 / ((1 - smooth) / rope["factor"] + smooth)
-    slow = np.where(length > original / low, rope["factor"], between)
-    return np.where(length < original / high, 1, slow).astype(np.float32)
-
-
-def llama3_scaling(factors: Any, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The settings of Llama 3 that give these factors, or None where they are others."""
-    rope = {"rope_type": "llama3", "factor": _shortest(float(factors.max())), **_LLAMA3}
-    with np.errstate(all="ignore"):
-        made = rope_factors({**rope, "rope_theta": config["rope_theta"]}, 2 * len(factors))
-    return rope if np.allclose(made, factors, rtol=1e-4) else None
-
-
-def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary settings as one mapping, whichever way the config spells them."""
-    rope = {key: config[key] for key in ("rope_theta", _ORIGINAL) if key in config}
-    for key in ("rope_scaling", "rope_parameters"):
-        section = config.get(key)
-        rope |= section.get("full_attention", section) if isinstance(section, Mapping) else {}
-    return {"rope_theta": 10000.0, **rope, "rope_type": rope.get("rope_type") or rope.get("type") or "default"}
 
 
 # --- from a config to metadata --------------------------------------------------------------------------
@@ -162,6 +115,8 @@ def metadata_of(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[str
     if not isinstance(config.get("rms_norm_eps"), float):
         raise ValueError(f"config.json says rms_norm_eps = {config.get('rms_norm_eps')!r}, expected a number")
     stated.setdefault("num_key_value_heads", heads)
+    if family.architecture == "phi3" and stated.get("sliding_window") is None:
+        stated["sliding_window"] = 0  # llama.cpp would take it for an old file, and guess
     for key, theirs, kind in _SETTINGS:
         value = stated.get(theirs)
         if value is not None:
@@ -170,12 +125,13 @@ def metadata_of(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[str
     if config.get("head_dim"):
         yield own + "attention.value_length", U32, size
     if family.architecture in ("llama", "phi3"):
-        yield own + "rope.dimension_count", U32, int(size * config.get("partial_rotary_factor", 1))
+        part = config.get("partial_rotary_factor") or rope_of(config).get("partial_rotary_factor", 1)
+        yield own + "rope.dimension_count", U32, int(size * part)
     yield own + "vocab_size", U32, _needed(config, "vocab_size")
     experts = config.get(number_of_experts_key(config["model_type"]))
     if experts and family.experts:
         yield own + "expert_count", U32, experts
-    yield from _scaling_of(family, own + "rope.scaling.", rope_of(config))
+    yield from scaling_entries(family.architecture, config)
 
 
 def _check_computed(family: Family, config: Mapping[str, Any]) -> None:
@@ -193,15 +149,3 @@ def _needed(config: Mapping[str, Any], key: str) -> int:
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"config.json says {key} = {value!r}, expected a whole number: GGUF needs it")
     return value
-
-
-def _scaling_of(family: Family, own: str, rope: Mapping[str, Any]) -> Iterator[tuple[str, int, Any]]:
-    kind = rope["rope_type"]
-    if kind == "default" or (kind == "llama3" and family.permuted):  # that is a tensor there
-        return
-    if kind not in ("linear", "yarn"):
-        raise ValueError(f"config.json scales rotary embeddings by {kind!r}, which is not written to GGUF")
-    yield own + "type", TEXT, kind
-    yield own + "factor", F32, rope["factor"]
-    if kind == "yarn" and _ORIGINAL in rope:
-        yield own + "original_context_length", U32, rope[_ORIGINAL]
