@@ -78,7 +78,7 @@ def test_a_bf16_model_and_a_q8_0_file_merge(tmp_path: Path, arrays: Arrays, meth
 
 def test_a_merge_of_two_files_gets_the_synthesised_config(tmp_path: Path, arrays: Arrays) -> None:
     models = [save_llama(tmp_path / f"{n}.gguf", fine_tuned(arrays, n), quantised=True) for n in (1, 2)]
-    smelt.merge({"merge_method": "linear", "dtype": "bfloat16", "models": [
+    smelt.merge({"merge_method": "linear", "models": [
         {"model": model, "parameters": {"weight": 1}} for model in models
     ]}, tmp_path / "out")  # fmt: skip
     config = json.loads((tmp_path / "out" / "config.json").read_text())

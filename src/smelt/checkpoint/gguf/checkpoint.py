@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy.typing as npt
 
 from ... import storage
 from ...errors import InputRejected, show
-from ...kernels.dtypes import DTYPES
+from ...kernels.dtypes import DTYPES, name_of
 from ...storage import FileIdentity
 from ..base import Checkpoint, TensorInfo
 from ..place import present
@@ -81,7 +82,10 @@ class GgufCheckpoint(Checkpoint):
             self.close()
             raise
         self.metadata = {key: text for key, text in self.header.metadata.items() if _is_fact(key, text)}
-        infos = ((name, TensorInfo(name, v.dtype, v.shape, *_home(v))) for name, v in sorted(self._views.items()))
+        native = _native(self._views.values())
+        if self.config:
+            self.config = {**self.config, "dtype": name_of(native)}
+        infos = ((name, _info(name, view, native)) for name, view in sorted(self._views.items()))
         self.tensors: Mapping[str, TensorInfo] = dict(infos)
 
     # --- opening --------------------------------------------------------------------------------------------
@@ -185,10 +189,24 @@ def _is_fact(key: str, value: Any) -> bool:
     return isinstance(value, str) and key.startswith("general.")
 
 
-def _home(view: View) -> tuple[str, int]:
-    """File and offset of the first byte, which tell the order on the disk."""
+def _info(name: str, view: View, native: str) -> TensorInfo:
+    """``offset`` is where the first byte lies, which tells the order on the disk."""
     stored = view.stored
-    return stored.file, stored.offset + view.first * stored.nbytes // max(1, stored.count)
+    offset = stored.offset + view.first * stored.nbytes // max(1, stored.count)
+    floating = DTYPES[view.dtype].floating
+    return TensorInfo(name, view.dtype, view.shape, stored.file, offset, native if floating else view.dtype)
+
+
+def _native(views: Iterable[View]) -> str:
+    """The dtype that the model was most likely made in: that of most elements, bfloat16 where they are quantised.
+
+    Vectors tell nothing: GGUF has them in float32 whatever they were.
+    """
+    counts: Counter[str] = Counter()
+    for stored in {view.stored for view in views}:
+        counts[stored.kind] += stored.count
+    most = max(sorted(counts), key=counts.__getitem__)
+    return most if most in ("F32", "F16", "BF16") else "BF16"
 
 
 def _views(family: Family, tensor: StoredTensor, name: str | None, config: Mapping[str, Any]) -> dict[str, View]:
