@@ -16,25 +16,39 @@ from .folder import FolderCheckpoint
 from .gguf import GgufCheckpoint
 from .memory import MemoryCheckpoint, of_module
 from .place import LocalPlace
+from .quantised import dequantised
 from .remote import RemoteCheckpoint, is_url, located
 from .selection import ADAPTER, DIFFUSERS_ADAPTER, gguf_file
 from .side import SideFiles
 
 
 def load(
-    source: str | Path | Mapping[str, Any] | Any, *, revision: str | None = None, label: str | None = None
-) -> Checkpoint:
+    source: str | Path | Mapping[str, Any] | Any, *, revision: str | None = None, label: str | None = None,
+    as_stored: bool = False,
+) -> Checkpoint:  # fmt: skip
     """Open a checkpoint lazily: a folder, a .safetensors or .gguf file, a hub id, a URL, a dict of arrays, or a module.
 
     ``base+adapter`` is the base with a PEFT adapter (a folder or hub id) applied; see also :func:`load_adapted`.
 
-    A ``torch.nn.Module`` stands for its ``state_dict()``, and for its ``config`` where it has one.
+    A ``torch.nn.Module`` stands for its ``state_dict()``, and for its ``config`` where it has one. Quantised
+    weights are shown as what they stand for, unless ``as_stored``.
 
     An existing path is a path, whatever it looks like; the hub is asked only about other names.
     ``owner/name@revision`` and ``revision=`` are the same. A URL (hf://, https://, s3://) is read by ranges, nothing
     is downloaded whole. Raises InputRejected when it is not a checkpoint,
     OperationFailed when reading or downloading it fails.
     """
+    opened = _opened(source, revision, label)
+    if as_stored or opened is source:
+        return opened
+    try:
+        return dequantised(opened)
+    except BaseException:
+        opened.close()
+        raise
+
+
+def _opened(source: Any, revision: str | None, label: str | None) -> Checkpoint:
     if isinstance(source, Checkpoint):
         return source
     if isinstance(source, Mapping):

@@ -13,8 +13,8 @@ from typing import Any
 from ..architecture import Structure
 from ..architecture.config import vocabulary_sizes
 from ..checkpoint import Adapter, AdapterGiven, Checkpoint, load, load_adapted, open_adapter, side_files
-from ..errors import InputRejected, SmeltError, show
-from ..kernels.dtypes import DTYPES
+from ..checkpoint.quantised import refusals, without_quantisation
+from ..errors import InputRejected, SmeltError
 from ..recipe import InputModel, ModelReference, Recipe
 from .card import public_name
 from .operands import CheckpointOperand, Ledger
@@ -152,7 +152,7 @@ class Inputs:
         return [*odd, *(f"{item.label}: {note}" for item in self for note in item.structure.remarks)]
 
     def refuse_quantised(self) -> None:
-        """Averaging codes of a quantised model is a silent disaster, so it is refused until it is read right."""
+        """Averaging codes of a quantised model is a silent disaster: what is not dequantised is refused."""
         InputRejected.gather(problem for item in self for problem in quantised(item))
 
     def check_unchanged(self) -> None:
@@ -205,27 +205,20 @@ def _load(reference: ModelReference, label: str, places: Places, base: ModelRefe
 
 
 def quantised(item: Input) -> Iterator[str]:
-    """What keeps a model from being merged as floats: the codes of a quantisation."""
-    said = item.checkpoint.config.get("quantization_config")
-    if said:
-        method = said.get("quant_method", "unknown") if isinstance(said, Mapping) else said
-        yield f"{item.label}: a quantised checkpoint ({show(method)}): dequantise it first, this version merges floats"
-        return
-    for name, info in item.checkpoint.tensors.items():
-        if DTYPES[info.dtype].floating and not DTYPES[info.dtype].arithmetic:
-            yield (
-                f"{item.label}: tensor {show(name)} in {show(info.file)} is {info.dtype}, a quantised payload: "
-                "dequantise the model first, this version merges float64, float32, float16 and bfloat16"
-            )
-            return
+    """What keeps a model from being merged as floats: codes that are not understood."""
+    return refusals(item.checkpoint)
 
 
 def read_config(checkpoint: Checkpoint) -> bytes | None:
-    """config.json byte for byte, or None."""
+    """config.json byte for byte, but for what it says of codes where weights are read; or None."""
     stored = checkpoint.side_files.get("config.json")
-    if stored is None and checkpoint.config:
-        return (json.dumps(dict(checkpoint.config), indent=2) + "\n").encode()
-    return stored
+    if stored is None:
+        return (json.dumps(dict(checkpoint.config), indent=2) + "\n").encode() if checkpoint.config else None
+    said = json.loads(stored)
+    plain = without_quantisation(said)
+    if plain == said or without_quantisation(checkpoint.config) != checkpoint.config:
+        return stored
+    return (json.dumps(plain, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def licence_of(inputs: Inputs) -> str | None:

@@ -84,7 +84,7 @@ def _verify_files(folder: Path, wanted: Mapping[str, str], found: Verification) 
 
 def _verify_tensors(folder: Path, wanted: Mapping[str, Any], found: Verification, progress: Progress) -> None:
     adapter = {tensor.get("file") for tensor in wanted.values()} == {ADAPTER}
-    with load_adapter(folder) if adapter else load(folder) as checkpoint:
+    with load_adapter(folder) if adapter else load(folder, as_stored=True) as checkpoint:
         names = set(checkpoint.tensors)
         found.problems += [f"tensor {show(name)} is missing" for name in sorted(set(wanted) - names)]
         found.problems += [f"tensor {show(name)} is not in the manifest" for name in sorted(names - set(wanted))]
