@@ -136,7 +136,9 @@ for bits in (3, 4):
         group_size=32, symmetric=False, shape=(52, 64), scales="float16",
     )(compressed)  # fmt: skip
 _ROWS = {"strategy": "channel"}
-oracle("ct_pack_channel", "compressed_tensors", format="pack-quantized", num_bits=4, shape=(16, 100), **_ROWS)(compressed)
+oracle("ct_pack_channel", "compressed_tensors", format="pack-quantized", num_bits=4, shape=(16, 100), **_ROWS)(
+    compressed
+)
 oracle("ct_int8_channel", "compressed_tensors", format="int-quantized", num_bits=8, **_ROWS)(compressed)
 oracle(
     "ct_int8_asymmetric", "compressed_tensors", format="int-quantized", num_bits=8, strategy="group", group_size=32,

@@ -6,17 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from safetensors import safe_open
 
 import smelt
 from smelt.checkpoint import Checkpoint, load
 from smelt.checkpoint.memory import MemoryCheckpoint
-from smelt.checkpoint.quantised import dequantised, matrix
+from smelt.checkpoint.quantised import dequantised, planes, turned
 from smelt.kernels.dtypes import DTYPES, name_of
 from tests.quantised_oracles import ORACLES, RECORDED, missing
 
@@ -77,8 +73,8 @@ def test_the_libraries_themselves(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
 def test_any_run_is_a_part_of_the_whole(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where matrices are read in many bands of columns, and turned in many blocks."""
-    monkeypatch.setattr(matrix, "BAND", 64)
-    monkeypatch.setattr(matrix, "_TURNED", 128)
+    for module, name in ((turned, "BAND"), (turned, "STRIP"), (planes, "SHORT"), (planes, "CHUNK")):
+        monkeypatch.setattr(module, name, 64)
     stored, config, expected = recorded(path)
     found = opened(stored, config, "float32" if path.stem == "ct_int8_asymmetric" else "bfloat16")
     random = np.random.default_rng(0)

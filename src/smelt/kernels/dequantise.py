@@ -22,8 +22,8 @@ from .native import Kernel, load
 Floats = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.uint32]
 
-#: Columns that are worked on at a time: what is in between stays in the fastest cache.
-_STRETCH = 1024
+#: Columns that are worked on at a time: what is in between stays in the fastest cache. Turned: also so many rows.
+_STRETCH, _STRETCH_TURNED, _HEIGHT = 1024, 256, 32
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,6 @@ class Scales:
     zero: Floats | None = None
     factor: float = 1.0
 
-    def rows(self, first: int, last: int) -> Scales:
-        """The same for some of the rows."""
-        return replace(self, row_group=self.row_group[first:last])
-
     def columns(self, first: int, last: int) -> Scales:
         """The same for some of the columns."""
         return replace(self, column_group=self.column_group[first:last])
@@ -58,41 +54,47 @@ class Scales:
 
 def dequantise(
     packed: npt.NDArray[Any], stride: int, phase: int, packing: Packing, table: Floats, scales: Scales, dtype: str,
-    out: npt.NDArray[Any],
+    out: npt.NDArray[Any], *, turned: bool = False,
 ) -> None:  # fmt: skip
-    """Fill ``out`` (rows x columns, storage type of ``dtype``, C-contiguous) with values.
+    """Fill ``out`` (rows x columns, or where ``turned`` columns x rows; storage type of ``dtype``, C-contiguous).
 
-    ``packed``: bytes (uint8, 1-D) whose rows are ``stride`` apart, each beginning ``phase`` bits after the row does;
-    for codes packed down, words (uint32) whose first row holds row ``-phase``. One more byte, or row of words, than
-    the codes take must be there to be read. ``table``: the values of the 256 codes.
+    ``packed``: bytes (uint8, 1-D) whose rows are ``stride`` apart, with codes from bit ``phase`` of each row on; for
+    codes packed down, words (uint32) in rows, with codes from bit ``phase`` of each column on. One more byte, or row
+    of words, than the codes take must be there to be read. ``table``: the values of the 256 codes.
     """
     if not out.size:
         return
-    rows, columns = out.shape
+    rows, columns = out.shape[::-1] if turned else out.shape
     zero = scales.scale if scales.zero is None else scales.zero
-    _kernel(packing, scales.zero is not None, dtype)(
+    _kernel(packing, scales.zero is not None, dtype, turned)(
         rows, columns, phase, stride, packed, table, scales.scale.reshape(-1), zero.reshape(-1),
         scales.scale.shape[1], scales.row_group, scales.column_group, scales.factor, out.reshape(-1),
     )  # fmt: skip
 
 
 @cache
-def _kernel(packing: Packing, has_zero: bool, dtype: str) -> Kernel:
-    return load(_generated(packing, has_zero, dtype))
+def _kernel(packing: Packing, has_zero: bool, dtype: str, turned: bool) -> Kernel:
+    return load(_generated(packing, has_zero, dtype, turned))
 
 
-def _generated(packing: Packing, has_zero: bool, dtype: str) -> Generated:
+def _generated(packing: Packing, has_zero: bool, dtype: str, turned: bool) -> Generated:
+    stored, stretch = DTYPES[dtype].storage.__name__, _STRETCH_TURNED if turned else _STRETCH
     parameters = (
         ("rows", "int64"), ("columns", "int64"), ("phase", "int64"), ("stride", "int64"),
         ("packed", "[uint32]" if packing.down else "[uint8]"), ("table", "[float32]"), ("scale", "[float32]"),
         ("zero", "[float32]"), ("width", "int64"), ("row_group", "[uint32]"), ("column_group", "[uint32]"),
-        ("factor", "float32"), ("out", f"[{DTYPES[dtype].storage.__name__}]"),
+        ("factor", "float32"), ("out", f"[{stored}]"),
     )  # fmt: skip
-    scratch = (("codes", "uint8", _STRETCH), ("values", "float32", _STRETCH))
+    own = (("codes", "uint8", stretch), ("values", "float32", stretch))
+    scratch = (*own, ("block", stored, _HEIGHT * stretch)) if turned else own
     row, code = _down(packing.bits) if packing.down else _along(packing.bits)
-    value = "(table[codes[i]] - zero[group + taken[i]])" if has_zero else "table[codes[i]]"
-    names = ", ".join(name for name, *_ in (*parameters, *scratch, ("result",)))
-    text = _TEMPLATE.format(names=names, row=row, code=code, value=value, dtype=dtype, stretch=_STRETCH)
+    text = _HEAD + (_TURNED if turned else _STRAIGHT)
+    text = text.format(
+        names=", ".join(name for name, *_ in (*parameters, *scratch, ("result",))),
+        arguments=", ".join(name for name, *_ in (*parameters[2:-1], *own)),
+        value="(table[codes[i]] - zero[group + taken[i]])" if has_zero else "table[codes[i]]",
+        row=row, code=code, dtype=dtype, stretch=stretch, height=_HEIGHT,
+    )  # fmt: skip
     return Generated(text, parameters, scratch)
 
 
@@ -110,8 +112,8 @@ def _along(bits: int) -> tuple[str, str]:
 
 def _down(bits: int) -> tuple[str, str]:
     """The same for codes packed down columns; one that crosses a word goes on in the next row of words."""
-    place = f"(phase + r) * {bits}"
-    row = f"start, shift = uint64(({place} >> 5) * stride), uint32(({place}) & 31)"
+    place = f"(phase + r * {bits})"
+    row = f"start, shift = uint64(({place} >> 5) * stride), uint32({place} & 31)"
     code = "(packed[start + uint64(first + i)] >> shift)"
     if 32 % bits:
         high = "(packed[start + uint64(stride + first + i)] << (uint32(31) - shift)) << uint32(1)"
@@ -119,25 +121,41 @@ def _down(bits: int) -> tuple[str, str]:
     return row, f"{code} & uint32({(1 << bits) - 1})"
 
 
-_TEMPLATE = """import numpy as np
+_HEAD = """import numpy as np
 from numba import njit
 from numpy import float32, uint8, uint32, uint64
 from smelt.kernels.scalars import *
 from smelt.kernels.scalars import FAST
 
 @njit(**FAST)
+def line(r, first, count, {arguments}, target):
+    {row}
+    group = uint64(row_group[r]) * uint64(width)
+    for i in range(count):
+        codes[i] = uint8({code})
+    taken = column_group[first : first + count]
+    for i in range(count):
+        values[i] = {value} * scale[group + taken[i]] * factor
+    for i in range(count):
+        target[i] = store_{dtype}(values[i])
+
+@njit(**FAST)
 def run({names}):
-    for r in range(rows):
-        {row}
-        group = uint64(row_group[r]) * uint64(width)
-        for first in range(0, columns, {stretch}):
-            count = min({stretch}, columns - first)
+    for first in range(0, columns, {stretch}):
+        count = min({stretch}, columns - first)
+"""
+
+_STRAIGHT = """        for r in range(rows):
+            line(r, first, count, {arguments}, out[r * columns + first : r * columns + first + count])
+"""
+
+#: Some rows are made and then written as columns, so that what is written to a row of ``out`` fills cache lines.
+_TURNED = """        for above in range(0, rows, {height}):
+            height = min({height}, rows - above)
+            for k in range(height):
+                line(above + k, first, count, {arguments}, block[k * {stretch} : k * {stretch} + count])
             for i in range(count):
-                codes[i] = uint8({code})
-            taken = column_group[first : first + count]
-            target = out[r * columns + first : r * columns + first + count]
-            for i in range(count):
-                values[i] = {value} * scale[group + taken[i]] * factor
-            for i in range(count):
-                target[i] = store_{dtype}(values[i])
+                target = out[(first + i) * rows + above : (first + i) * rows + above + height]
+                for k in range(height):
+                    target[k] = block[k * {stretch} + i]
 """

@@ -22,7 +22,8 @@ from ...kernels.dequantise import Floats, Packing
 from ...kernels.dtypes import NAMES
 from ..base import TensorInfo
 from ..documents import brief, parse_json
-from .matrix import Codes, Grid, Matrix, Plane, StoredPlane, Window
+from .matrix import Codes, Matrix
+from .planes import Grid, Plane, StoredPlane, Window
 from .stored import Group, Stored, values_of_codes
 
 _STATE = ".quant_state.bitsandbytes__"
@@ -125,7 +126,7 @@ def _state(stored: Stored, codes: TensorInfo, said: TensorInfo, kind: str) -> _S
         if not good:
             raise stored.rejected(said, f"has {problem}, which no {kind} weight has")
     assert isinstance(shape, list)
-    if -(-prod(shape) // 2) != codes.nbytes:
+    if -(-prod(shape) // 2) != codes.nbytes or codes.nbytes % codes.count:
         raise stored.rejected(codes, f"has {codes.nbytes} bytes, expected {-(-prod(shape) // 2)} for shape {shape}")
     return _State(tuple(shape), dtype, sizes[0], sizes[1], float(offset))
 

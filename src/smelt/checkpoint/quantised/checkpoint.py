@@ -14,11 +14,11 @@ from ...storage import FileIdentity
 from ..base import Checkpoint
 from .bitsandbytes import bitsandbytes_groups
 from .compressed import compressed_groups
+from .fp4 import expert_groups, modelopt_groups
 from .gptq import awq_groups, gptq_groups
-from .matrix import Bands
-from .mxfp4 import expert_groups, modelopt_groups
 from .scaled import fp8_groups
 from .stored import Group, Stored
+from .turned import HELD, Bands, Turned
 
 Settings = Mapping[str, Any]
 Finder = Callable[[Stored, Settings, Bands], Iterator[Group]]
@@ -132,6 +132,8 @@ class Dequantised(Checkpoint):
         self.stored = inner
         self.label, self.folder, self.revision = inner.label, inner.folder, inner.revision
         self.metadata, self.config = inner.metadata, without_quantisation(inner.config)
+        turned = any(isinstance(group.reader, Turned) for group in groups)
+        self.scratch = inner.scratch + (HELD if turned else 0)
         self._readers = {group.info.name: group.reader for group in groups}
         taken = {part for group in groups for part in group.parts}
         dropped = {name for name in inner.tensors.keys() - taken if name.rpartition(".")[2] in _ACTIVATIONS}

@@ -16,8 +16,9 @@ import numpy as np
 from ...errors import InputRejected, show
 from ...kernels.dequantise import Packing
 from ..base import TensorInfo
-from .matrix import Codes, Grid, Index, Matrix, Plane, StoredPlane
-from .mxfp4 import fp4_group
+from .fp4 import fp4_group
+from .matrix import Codes, Matrix
+from .planes import Grid, Index, Plane, StoredPlane
 from .scaled import FLOATS, FP8, Block, block_of, scaled
 from .stored import Group, Stored, matrices
 
@@ -147,7 +148,7 @@ def _fit(
     bits, size = arguments.get("num_bits"), arguments.get("group_size")
     if type(bits) is not int or not 1 <= bits <= 8 or arguments.get("type", "int") != "int":
         return None
-    if type(size) is int and size > 0:
+    if type(size) is int and size > 0 and scale.shape[:-1] == codes.shape[:-1]:
         columns = scale.shape[-1] * size
     elif scale.count == 1 or scale.shape == (*codes.shape[:-1], 1):
         columns = int(stored.whole(shape).reshape(-1)[-1]) if shape.count else 0

@@ -19,10 +19,13 @@ import numpy.typing as npt
 from ...errors import InputRejected, show
 from ...kernels.dequantise import Floats, Packing
 from ..base import TensorInfo
-from .matrix import Bands, Codes, Grid, Index, Matrix, Plane, StoredPlane, Turned, Window
+from .matrix import Codes, Matrix
+from .planes import Grid, Index, Plane, StoredPlane, Window
 from .stored import Group, Stored
+from .turned import Bands, Turned
 
 _CODES = np.arange(256, dtype=np.float32)
+_CACHED = 1 << 13  # words that are shuffled at a time
 _SCALES = ("F16", "BF16", "F32")
 
 
@@ -37,8 +40,8 @@ def gptq_groups(stored: Stored, settings: Mapping[str, Any], bands: Bands) -> It
         groups = scales.shape[0]
         stored.of_shape(scales, (groups, columns))
         stored.of_shape(zeros, (groups, -(-columns * bits // 32)))
-        if words != -(-rows * bits // 32):
-            raise stored.rejected(codes, f"has {words} rows of words, expected {rows} codes of {bits} bits")
+        if words * 32 != rows * bits:
+            raise stored.rejected(codes, f"has {words} rows of words, which are not {rows} codes of {bits} bits")
         row_index = None if index is None else Index(stored.checkpoint, index.name, rows, groups)
         packed = Codes(stored.checkpoint, zeros.name, Packing(bits), groups, columns, zeros.shape[1])
         zero: Plane = Matrix(packed, (_CODES + np.float32(offset)) % np.float32(1 << bits), _ones(), "F32")
@@ -113,9 +116,12 @@ def _awq(stored: Stored, codes: TensorInfo, rows: int, columns: int) -> Codes:
 
 def _in_order(words: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Nibbles 0 4 1 5 2 6 3 7 of every word, which are its columns in order: a perfect shuffle."""
-    x: npt.NDArray[Any] = words.view(np.uint32)
-    x = (x & 0xFF0000FF) | ((x & 0x0000FF00) << 8) | ((x & 0x00FF0000) >> 8)
-    return (x & 0xF00FF00F) | ((x & 0x00F000F0) << 4) | ((x & 0x0F000F00) >> 4)
+    flat = words.reshape(-1).view(np.uint32)
+    for start in range(0, len(flat), _CACHED):
+        x: npt.NDArray[Any] = flat[start : start + _CACHED]
+        y = (x & 0xFF0000FF) | ((x & 0x0000FF00) << 8) | ((x & 0x00FF0000) >> 8)
+        x[:] = (y & 0xF00FF00F) | ((y & 0x00F000F0) << 4) | ((y & 0x0F000F00) >> 4)
+    return words
 
 
 def _offset(stored: Stored, settings: Mapping[str, Any]) -> int:

@@ -15,7 +15,8 @@ from typing import Any
 from ...errors import InputRejected, show
 from ...kernels.dequantise import Packing
 from ..base import TensorInfo
-from .matrix import Codes, Grid, Matrix, Plane, StoredPlane
+from .matrix import Codes, Matrix
+from .planes import Grid, Plane, StoredPlane
 from .stored import Group, Stored, matrices, values_of_codes
 
 FP8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")

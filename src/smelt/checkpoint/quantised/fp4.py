@@ -15,8 +15,10 @@ import numpy as np
 
 from ...kernels.dequantise import Floats, Packing
 from ..base import TensorInfo
-from .matrix import Bands, Codes, Grid, Matrix, Plane, StoredPlane, Turned, Window
+from .matrix import Codes, Matrix
+from .planes import Grid, Plane, StoredPlane, Window
 from .stored import Group, Stored, matrices
+from .turned import Bands, Turned
 
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
