@@ -12,7 +12,7 @@ import numpy as np
 
 from ..checkpoint import ADAPTER, Adapter, TensorInfo, open_adapter, plan_file
 from ..engine.artefact import Work, publish
-from ..engine.card import is_hub_id, public_name
+from ..engine.card import hub_id, public_name
 from ..engine.execute import usable_cores
 from ..engine.inputs import Input
 from ..engine.progress import Progress, Silent
@@ -242,7 +242,7 @@ class _Merger:
     def _base(self) -> str | None:
         """What the first adapter that says so calls its base; of a path the last part."""
         base = next((adapter.config.base for adapter in self._adapters if adapter.config.base), None)
-        return base if base is None else public_name(base, not is_hub_id(base))
+        return base if base is None else public_name(base, not hub_id(base))
 
     def _config(self, reports: Sequence[ModuleReport], tensors: Mapping[str, Operand]) -> bytes:
         ranks = {report.module: report.rank for report in reports if report.rank}

@@ -8,7 +8,7 @@ from math import sqrt
 from typing import Any, Literal
 
 from ..engine import Artifact
-from ..engine.card import is_hub_id
+from ..engine.card import hub_id
 from ..errors import show
 
 Stored = Literal["low rank", "entries", "signs", "whole", "nothing"]
@@ -106,7 +106,7 @@ def merge_card(
     """The card of merged adapters: what they were, how they were merged, and the table of errors."""
     where = f" for `{base}`" if base else ""
     lines = [
-        "---", "library_name: peft", *([f"base_model: {base}"] if base and is_hub_id(base) else []), "tags:", "- lora",
+        "---", "library_name: peft", *([f"base_model: {found}"] if base and (found := hub_id(base)) else []), "tags:", "- lora",
         "- merge", "- smelt", "---", "", f"# {title}", "",
         f"A low-rank adapter{where}, merged with smelt from others {how}. What it leaves out of that, over all "
         f"modules: {total_error(modules):.2%}.", "", "| adapter | weight |", "| --- | --- |",
