@@ -16,7 +16,7 @@ import stat
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -135,32 +135,23 @@ def pread_into(descriptor: int, out: memoryview, offset: int, path: object = "fi
         done += got
 
 
-def stretch(descriptor: int, path: Path, start: int, size: int) -> io.BufferedReader:
-    """``size`` bytes of an open file from ``start`` on, as a file of its own; closing it leaves the descriptor open."""
-    return io.BufferedReader(_Stretch(descriptor, path, start, size))
+def stretch(read_into: Callable[[memoryview, int], None], start: int, size: int) -> io.BufferedReader:
+    """``size`` bytes of what ``read_into(out, offset)`` reads, from ``start`` on, to be read once as a file."""
+    return io.BufferedReader(_Stretch(read_into, start, start + size))
 
 
 class _Stretch(io.RawIOBase):
-    def __init__(self, descriptor: int, path: Path, start: int, size: int) -> None:
-        self._descriptor, self._path, self._start, self._size = descriptor, path, start, size
-        self._place = 0
+    def __init__(self, read_into: Callable[[memoryview, int], None], start: int, end: int) -> None:
+        self._read_into, self._start, self._end = read_into, start, end
 
     def readable(self) -> bool:
         return True
 
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
-        self._place = max(0, origin + offset)
-        return self._place
-
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
-        count = max(0, min(len(view), self._size - self._place))
-        pread_into(self._descriptor, view[:count], self._start + self._place, self._path)
-        self._place += count
+        count = max(0, min(len(view), self._end - self._start))
+        self._read_into(view[:count], self._start)
+        self._start += count
         return count
 
 
@@ -270,13 +261,28 @@ def make_folders(path: Path) -> None:
         os.makedirs(path, mode=0o700, exist_ok=True)
 
 
+def make_way(path: Path) -> None:
+    """Make the folders that lead to a new file, where missing."""
+    with _told("make the folder", path.parent):
+        os.makedirs(path.parent, exist_ok=True)
+
+
+def files_below(folder: Path) -> list[str]:
+    """All files in a folder and those below it, by their paths from it on, sorted."""
+    with _told("list", folder):
+        return sorted(
+            os.path.relpath(os.path.join(home, name), folder) for home, _, names in os.walk(folder) for name in names
+        )
+
+
 def publish_directory(staging: Path, destination: Path) -> None:
     """Give a finished folder its name, at once, never over another; then sync the parent.
 
     Linux: renameat2 with RENAME_NOREPLACE. Elsewhere a check and a rename, with a window between them in
     which another process could create the destination; an empty one is then replaced, a full one refused.
     """
-    fsync_directory(staging)
+    for name in dict.fromkeys(os.path.dirname(name) for name in files_below(staging)):
+        fsync_directory(staging / name)
     with contextlib.suppress(OSError):
         os.rmdir(destination)
     with _told("publish", destination):

@@ -19,6 +19,7 @@ COMMANDS = {
     "tokenizer": "Give models other vocabularies.",
     "inspect": "What a checkpoint holds.",
     "methods": "The merge methods, their parameters and papers.",
+    "convert": "Write a checkpoint in another form.",
     "verify": "Does an output still hold what its manifest says?",
 }
 

@@ -11,7 +11,7 @@ import click
 
 from ..errors import UsageError, show
 from ..storage import listdir
-from .options import common, json_option, settings
+from .options import common, json_option, pickle_option, settings
 from .output import duration, plain, print_json, print_pairs, print_table, size
 from .progress import bar
 
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     help="Cut embeddings of different vocabularies to their common length.",
 )  # fmt: skip
 @click.option("--card/--no-card", default=True, help="Write README.md, the model card.")
+@pickle_option
 @json_option
 @common
 def command(recipe: str, out: str | None, dry_run: bool, as_json: bool, **options: Any) -> None:
@@ -66,7 +67,7 @@ def command(recipe: str, out: str | None, dry_run: bool, as_json: bool, **option
     from ..engine import merge
 
     artifact = merge(source, str(out), progress=bar(settings().quiet), **options)
-    _show_artifact(artifact, as_json)
+    show_artifact(artifact, as_json)
 
 
 def recipe_argument(argument: str) -> str | Sequence[Recipe]:
@@ -82,7 +83,7 @@ def recipe_argument(argument: str) -> str | Sequence[Recipe]:
     return argument
 
 
-def _show_artifact(artifact: Artifact, as_json: bool) -> None:
+def show_artifact(artifact: Artifact, as_json: bool) -> None:
     """The path on stdout, what happened on stderr."""
     if not settings().quiet:
         for warning in artifact.warnings:

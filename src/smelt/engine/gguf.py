@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..checkpoint.gguf import GgufCheckpoint, GgufLayout, described, is_buffer, plan_gguf
 from ..errors import InputRejected, UsageError, show
 from ..kernels.dtypes import DTYPES
-from .config import patched_config
+from .config import patched_configs
 from .inputs import Input
 from .outputs import Output
 
@@ -30,7 +30,7 @@ def gguf_layout(plan: Plan) -> GgufLayout:
         for output in outputs
         if not DTYPES[output.dtype].arithmetic
     )
-    config = json.loads(patched_config(plan) or b"{}")
+    config = json.loads(patched_configs(plan).get("config.json", b"{}"))
     donor = described(plan.inputs.donor.checkpoint, plan.recipe.name or "model")
     whole = replace(donor, config=config, files=plan.side_files())
     return plan_gguf(FILE, {output.name: output.shape for output in outputs}, whole, _dtype(plan, outputs))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -91,13 +91,16 @@ class Inputs:
     ``beside`` are the statistics checkpoints by the text that names them.
     """
 
-    def __init__(self, recipe: Recipe, places: Places = MappingProxyType({}), *, raw: bool = False) -> None:
+    def __init__(
+        self, recipe: Recipe, places: Places = MappingProxyType({}), *, raw: bool = False, allow_pickle: bool = False
+    ) -> None:
         """``places``: where a name of the recipe leads, other than to a path or the hub. ``raw``: bare tensors."""
+        open_one = partial(_load, places=places, allow_pickle=allow_pickle)
         self.ledger = Ledger()
         problems: list[str] = []
         lenders = recipe.vocabulary.lenders() if recipe.vocabulary is not None else ()
-        self._by_text = _opened((*recipe.references(), *lenders), "", problems, places, raw, recipe.base_model)
-        self.beside = _opened(recipe.statistics(), "statistics ", problems, places)
+        self._by_text = _opened((*recipe.references(), *lenders), "", problems, open_one, raw, recipe.base_model)
+        self.beside = _opened(recipe.statistics(), "statistics ", problems, open_one)
         self._statistics = {text: Statistics(item.checkpoint, self.ledger) for text, item in self.beside.items()}
         InputRejected.gather(dict.fromkeys(problems))
         first = recipe.base_model or next(recipe.references())
@@ -119,7 +122,7 @@ class Inputs:
     def side_files(self, reference: ModelReference) -> Mapping[str, bytes]:
         """Of a model that lends its tokenizer alone, which needs no weights."""
         if reference.revision is None and reference.path in self._places:
-            return _load(reference, reference.text, self._places).side_files
+            return _load(reference, reference.text, places=self._places).side_files
         files, folder = side_files(reference.path, reference.revision)
         if folder is not None:
             self._tokenizers[reference.text] = folder
@@ -165,7 +168,8 @@ class Inputs:
 
 
 def _opened(
-    references: Iterable[ModelReference], what: str, problems: list[str], places: Places, raw: bool = False,
+    references: Iterable[ModelReference], what: str, problems: list[str],
+    open_one: Callable[[ModelReference, str, ModelReference | None], Checkpoint], raw: bool = False,
     base: ModelReference | None = None,
 ) -> dict[str, Input]:  # fmt: skip
     """Each checkpoint once; what cannot be opened is appended to ``problems``. ``what`` leads their labels.
@@ -177,7 +181,7 @@ def _opened(
         if reference.text in found:
             continue
         try:
-            checkpoint = _load(reference, what + reference.text, places, base)
+            checkpoint = open_one(reference, what + reference.text, base)
             if raw:
                 checkpoint.strip()
             found[reference.text] = Input(reference, checkpoint, raw)
@@ -186,18 +190,22 @@ def _opened(
     return found
 
 
-def _load(reference: ModelReference, label: str, places: Places, base: ModelReference | None = None) -> Checkpoint:
+def _load(
+    reference: ModelReference, label: str, base: ModelReference | None = None, *, places: Places,
+    allow_pickle: bool = False,
+) -> Checkpoint:  # fmt: skip
     """A model with its adapters; an adapter that is named alone, on ``base``."""
     place = places.get(reference.path) if reference.revision is None else None
     if isinstance(place, Adapter) and base is not None:
-        return load_adapted(_load(base, base.text, places), [(place, 1.0)], label)
+        return load_adapted(_load(base, base.text, places=places, allow_pickle=allow_pickle), [(place, 1.0)], label)
     try:
-        model = load(reference.path if place is None else place, revision=reference.revision, label=label)
+        source = reference.path if place is None else place
+        model = load(source, revision=reference.revision, label=label, allow_pickle=allow_pickle)
     except AdapterGiven:
         if base is None or base.text == reference.text or reference.adapters:
             raise
         found = open_adapter(reference.path, reference.revision)
-        return load_adapted(_load(base, base.text, places), [(found, 1.0)], label)
+        return load_adapted(_load(base, base.text, places=places, allow_pickle=allow_pickle), [(found, 1.0)], label)
     if not reference.adapters:
         return model
     opened = [(open_adapter(places.get(a.path, a.path), a.revision), a.weight) for a in reference.adapters]

@@ -190,7 +190,7 @@ def make_plan(recipe: Recipe, options: Options, places: Places = MappingProxyTyp
     UsageError.gather([*problems, *in_parts, *_idle_statistics(recipe, method)])
     method = with_lines(recipe, method)
     UsageError.gather(_counts(recipe, method))
-    inputs = Inputs(recipe, places, raw=options.raw)
+    inputs = Inputs(recipe, places, raw=options.raw, allow_pickle=options.allow_pickle)
     try:
         return _planned(recipe, method, options, inputs)
     except BaseException:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,6 +32,13 @@ def check_space(out: Path, needed: int) -> None:
     free = storage.free_bytes(out.absolute().parent)
     if needed > free:
         raise OperationFailed(f"not enough disk for {show(out)}: {needed} bytes needed, {free} free")
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write and sync small files, whose names may lead to folders below."""
+    for name, data in sorted(files.items()):
+        storage.make_way(folder / name)
+        storage.write_small(folder / name, data)
 
 
 @contextmanager

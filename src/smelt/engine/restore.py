@@ -24,7 +24,7 @@ from .manifest import NAME, dump, manifest, sums_of
 from .memory import ArraySink
 from .operands import CheckpointOperand
 from .options import SHARD_SIZE
-from .publish import check_destination, check_space, staging
+from .publish import check_destination, check_space, staging, write_files
 from .side_files import side_files
 from .sink import write_tensors
 
@@ -71,9 +71,10 @@ def _write(made: Checkpoint, base: Checkpoint, task: int, out: Path, jobs: Seque
     config = read_config(base)
     files = {**side_files(base), **({} if config is None else {"config.json": config})}
     with staging(out) as folder:
-        written = write_tensors(folder, plan_shards(tensors, SHARD_SIZE), lambda sink: _run(jobs, sink, threads))
-        for name, data in sorted(files.items()):
-            storage.write_small(folder / name, data)
+        written = write_tensors(
+            folder, plan_shards(tensors, SHARD_SIZE, parts=base.parts), lambda sink: _run(jobs, sink, threads)
+        )
+        write_files(folder, files)
         content = manifest(
             recipe=f"restore_task(task={task})", method="restore_task", variant="paper", seed=0,
             inputs=[], statistics=[], tensors=written, files=sums_of(folder, files), notices=[],

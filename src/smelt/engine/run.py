@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from .. import storage
-from ..checkpoint import TensorInfo, plan_shards
+from ..checkpoint import Part, TensorInfo, plan_shards
 from ..checkpoint.gguf import GgufWriter
 from ..errors import InputRejected, show
 from ..kernels.program import Copy
 from ..methods import Model
 from ..recipe import Stage
 from .backbone import compare_backbones
-from .card import card, hub_id, without_paths
-from .config import patched_config
+from .card import card, hub_id, library_of, without_paths
+from .config import patched_configs
 from .device import mapper_for
 from .execute import Executor, Job, Steps
 from .findings import Finding
@@ -27,7 +27,7 @@ from .options import options_of
 from .outputs import Output
 from .planning import Plan, RecipeLike, make_plan
 from .progress import Progress, Silent
-from .publish import check_destination, check_space, staging
+from .publish import check_destination, check_space, staging, write_files
 from .sink import DiskSink, write_tensors, write_through
 from .stages import home_of, local_paths, plan_stages, stages_of, workplace
 from .views import alike
@@ -69,7 +69,7 @@ def merge(
         "allow"), force (merge models that do not share a backbone), strict (warnings are errors), card, raw
         (bare tensors: no config, layers, ties or side files), stages (a folder that keeps the results of the
         recipes that others take, for a later run; by default they do not last), truncate_embeddings (cut
-        embeddings of different vocabularies to their common length).
+        embeddings of different vocabularies to their common length), allow_pickle (read pickled weights, too).
 
     Raises UsageError, InputRejected or OperationFailed; then ``out`` does not exist.
     """
@@ -182,8 +182,9 @@ def _write_weights(plan: Plan, folder: Path, progress: Progress, warn: Callable[
     try:
         if plan.gguf is not None:
             return write_through(GgufWriter(folder, plan.gguf), plan.gguf.tensors, fill)
-        shards = plan_shards([TensorInfo(o.name, o.dtype, o.shape) for o in plan.outputs], plan.shard_size)
-        return write_tensors(folder, shards, fill)
+        parts = (Part(),) if plan.recipe.in_parts else plan.inputs.donor.checkpoint.parts
+        tensors = [TensorInfo(output.name, output.dtype, output.shape) for output in plan.outputs]
+        return write_tensors(folder, plan_shards(tensors, plan.shard_size, parts=parts), fill)
     finally:
         progress.finish()
 
@@ -242,8 +243,7 @@ def _write_side_files(plan: Plan, folder: Path, title: str, tensors: dict[str, A
     """
     notices = [_public(plan, warning) for warning in warnings]
     files = {} if plan.recipe.in_parts else _model_files(plan, title, notices)
-    for name, data in sorted(files.items()):
-        storage.write_small(folder / name, data)
+    write_files(folder, files)
     content = manifest(
         recipe=_public(plan, plan.recipe.text), method=plan.method.name, variant=plan.variant, seed=plan.seed,
         inputs=[identity(item, plan.inputs.ledger) for item in plan.inputs],
@@ -256,10 +256,7 @@ def _write_side_files(plan: Plan, folder: Path, title: str, tensors: dict[str, A
 
 def _model_files(plan: Plan, title: str, notices: Sequence[str]) -> dict[str, bytes]:
     """Of a GGUF file only the card: it holds the rest itself."""
-    files = plan.side_files() if plan.gguf is None else {}
-    config = patched_config(plan) if plan.gguf is None else None
-    if config is not None:
-        files["config.json"] = config
+    files = {} if plan.gguf is not None else plan.side_files() | patched_configs(plan)
     if plan.options.card:
         files["README.md"] = _card(plan, title, notices).encode()
     return files
@@ -278,6 +275,7 @@ def _card(plan: Plan, title: str, notices: Sequence[str]) -> str:
         license_name=licence_of(plan.inputs),
         recipe=_public(plan, plan.recipe.text),
         notices=notices,
+        library=library_of(plan.inputs.donor.checkpoint.beside),
     )
 
 

@@ -25,7 +25,7 @@ from .._version import __version__
 from ..checkpoint import Checkpoint, TensorInfo
 from ..errors import OperationFailed, UsageError, show
 from ..recipe import ModelReference, Recipe, Stage, in_order
-from .config import patched_config
+from .config import patched_configs
 from .inputs import Input, Places
 from .options import Options, options_of
 from .planning import Plan, RecipeLike, make_plan, read_recipes
@@ -97,8 +97,10 @@ class Promised(Checkpoint):
         self.label = label
         outputs = sorted(plan.outputs, key=lambda output: output.name)
         self.tensors = {output.name: TensorInfo(output.name, output.dtype, output.shape) for output in outputs}
-        self._files = plan.side_files() | {"config.json": patched_config(plan) or b"{}"}
-        self.config = json.loads(self._files["config.json"])
+        self._files = plan.side_files() | patched_configs(plan)
+        self.config = json.loads(self._files.get("config.json", b"{}"))
+        donor = plan.inputs.donor.checkpoint
+        self.parts, self.beside = donor.parts, donor.beside
 
     @property
     def side_files(self) -> Mapping[str, bytes]:

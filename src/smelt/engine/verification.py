@@ -72,7 +72,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _verify_files(folder: Path, wanted: Mapping[str, str], found: Verification) -> None:
     """Side files byte by byte; files that nobody listed."""
-    present = set(storage.listdir(folder)) - {NAME}
+    present = set(storage.files_below(folder)) - {NAME}
     weights = {name for name in present if name.endswith((".safetensors", ".gguf"))}
     found.problems += [f"file {show(name)} is missing" for name in sorted(set(wanted) - present)]
     found.problems += [f"file {show(name)} is not in the manifest" for name in sorted(present - weights - set(wanted))]
