@@ -14,7 +14,7 @@ from smelt.cli import main
 from tests.commands import refusal
 from tests.pickled import save_arrays
 from tests.readback import nothing_left, stored, values
-from tests.small_models import CONFIG, TOKENS, llama, save
+from tests.small_models import CONFIG, TOKENS, bf16, llama, save
 
 #: Halves between neighbours of bfloat16 and float16, and what lies just beside them.
 TIES = np.array([1.00390625, 1.01171875, 1.00390626, 1.00390624, 65504.0, 2.0**-24, 3.0e-8, -0.0, 1e-40], np.float32)
@@ -87,3 +87,15 @@ def test_refusals_leave_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert refusal(capsys, "convert", tmp_path / "nowhere", tmp_path / "out")[0] == 3
     assert refusal(capsys, "convert", home, tmp_path / "out", "--dtype", "int8")[0] == 2
     assert nothing_left(tmp_path / "out")
+
+
+def test_a_round_trip_through_gguf(tmp_path: Path) -> None:
+    wanted = {name: array.astype(np.float32) for name, array in bf16(llama(1)).items()}
+    model = save(tmp_path / "m", bf16(llama(1)), config={**CONFIG, "max_position_embeddings": 2048})
+    smelt.convert(model, tmp_path / "gguf", format="gguf", dtype="bfloat16")
+    smelt.convert(tmp_path / "gguf", tmp_path / "back", dtype="float32")
+    with smelt.load(tmp_path / "back") as back:
+        assert {name: back[name].tobytes() for name in back} == {name: a.tobytes() for name, a in wanted.items()}
+    assert main(["convert", model, str(tmp_path / "q"), "--format", "gguf", "--dtype", "q8_0", "--quiet"]) == 0
+    with smelt.load(tmp_path / "q") as small:
+        assert sorted(small) == sorted(wanted)

@@ -16,16 +16,19 @@ _NAMELESS = "model"
 
 
 def convert(
-    source: Any, out: str | Path, *, dtype: str | None = None, progress: Progress | None = None, **options: Any
-) -> Artifact:
-    """Write a checkpoint as safetensors, with its config and the files beside it, as the new folder ``out``.
+    source: Any, out: str | Path, *, dtype: str | None = None, format: str = "safetensors",
+    progress: Progress | None = None, **options: Any,
+) -> Artifact:  # fmt: skip
+    """Write a checkpoint in another form, with its config and the files beside it, as the new folder ``out``.
 
     Parameters
     ----------
     source: whatever :func:`smelt.load` reads.
     out: a folder that does not exist yet, or is empty; it appears whole, or not at all.
     dtype: what floating tensors become, rounded to nearest even ("bfloat16", "float16", "float32", "float64");
-        by default each keeps its own. A value that overflows is an error that names the tensor.
+        by default each keeps its own. A value that overflows is an error that names the tensor. GGUF takes
+        "q8_0", too: matrices in blocks of eight bits.
+    format: "safetensors", or "gguf": one file that holds config and tokenizer itself.
     options: allow_pickle, shard_size, threads, memory, on_nonfinite ("error", "warn", "allow"), as for
         :func:`smelt.merge`.
 
@@ -33,6 +36,6 @@ def convert(
     """
     name = str(source) if isinstance(source, str | Path) else _NAMELESS
     recipe: dict[str, Any] = {"merge_method": "passthrough", "models": [{"model": name}]}
-    recipe |= {} if dtype is None else {"dtype": dtype}
+    recipe["output"] = {"format": format} | ({} if dtype is None else {"dtype": dtype})
     models = {} if isinstance(source, str | Path) else {name: source}
     return merge(recipe, out, models=models, progress=progress, card=False, **options)

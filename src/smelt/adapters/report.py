@@ -105,9 +105,10 @@ def merge_card(
 ) -> str:  # fmt: skip
     """The card of merged adapters: what they were, how they were merged, and the table of errors."""
     where = f" for `{base}`" if base else ""
+    found = hub_id(base) if base else None
     lines = [
-        "---", "library_name: peft", *([f"base_model: {found}"] if base and (found := hub_id(base)) else []), "tags:", "- lora",
-        "- merge", "- smelt", "---", "", f"# {title}", "",
+        "---", "library_name: peft", *([f"base_model: {found}"] if found else []), "tags:", "- lora", "- merge",
+        "- smelt", "---", "", f"# {title}", "",
         f"A low-rank adapter{where}, merged with smelt from others {how}. What it leaves out of that, over all "
         f"modules: {total_error(modules):.2%}.", "", "| adapter | weight |", "| --- | --- |",
         *(f"| `{name}` | {weight:g} |" for name, weight in zip(adapters, weights, strict=True)), "",

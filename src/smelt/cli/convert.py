@@ -1,4 +1,4 @@
-"""``smelt convert``: a checkpoint in another dtype, other shards, or free of pickles."""
+"""``smelt convert``: a checkpoint in another dtype, format or shards, or free of pickles."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from .progress import bar
 @click.command(short_help="Write a checkpoint in another form.")
 @click.argument("model")
 @click.argument("out")
+@click.option("--format", type=click.Choice(["safetensors", "gguf"]), default="safetensors", show_default=True)
 @click.option(
-    "--dtype", type=click.Choice(["bfloat16", "float16", "float32", "float64"]),
-    help="Of floating tensors. Default: what each has.",
+    "--dtype", type=click.Choice(["bfloat16", "float16", "float32", "float64", "q8_0"]),
+    help="Of floating tensors; q8_0 is for gguf. Default: what each has.",
 )  # fmt: skip
 @click.option("--shard-size", metavar="SIZE", help="Largest weight file. Default: 5GB.")
 @click.option("--memory", default="1GiB", metavar="SIZE", show_default=True, help="Budget for buffers.")
@@ -29,9 +30,10 @@ from .progress import bar
 @json_option
 @common
 def command(model: str, out: str, as_json: bool, **options: Any) -> None:
-    """Write MODEL (a folder, a file, a hub id or a URL) as safetensors into OUT, a folder that does not exist yet.
+    """Write MODEL (a folder, a file, a hub id or a URL) in another form into OUT, a folder that does not exist yet.
 
-    Config, tokenizer and the other files beside the weights come along. Prints the path.
+    Config, tokenizer and the other files beside the weights come along; a GGUF file holds them itself. Prints the
+    path.
     """
     from ..conversion import convert
 

@@ -132,6 +132,7 @@ class Dequantised(Checkpoint):
         self.stored = inner
         self.label, self.folder, self.revision = inner.label, inner.folder, inner.revision
         self.metadata, self.config = inner.metadata, without_quantisation(inner.config)
+        self.parts, self.beside = inner.parts, inner.beside
         turned = any(isinstance(group.reader, Turned) for group in groups)
         self.scratch = inner.scratch + (HELD if turned else 0)
         self._readers = {group.info.name: group.reader for group in groups}
