@@ -14,7 +14,10 @@ from .progress import bar
 @click.command(short_help="Write a checkpoint in another form.")
 @click.argument("model")
 @click.argument("out")
-@click.option("--format", type=click.Choice(["safetensors", "gguf"]), default="safetensors", show_default=True)
+@click.option(
+    "--format", type=click.Choice(["safetensors", "gguf"]), default="safetensors", show_default=True,
+    help="What the weights are written as.",
+)  # fmt: skip
 @click.option(
     "--dtype", type=click.Choice(["bfloat16", "float16", "float32", "float64", "q8_0"]),
     help="Of floating tensors; q8_0 is for gguf. Default: what each has.",
