@@ -106,8 +106,9 @@ class Plan:
         operands = sum(source.nbytes for source in output.piece.sources)
         beside = sum(operand.count * DTYPES[operand.dtype].bits // 8 for operand in output.statistics)
         row, more = (1, 0) if output.tensor is None else self.method.holds(output.tensor)
-        held = min(output.count, TILE + row - 1)
-        tile = held / max(1, output.count)
+        count = output.count if output.tensor is None else output.tensor.count
+        held = min(count, TILE + row - 1)
+        tile = held / max(1, count)
         return int(2 * tile * (operands + beside + output.nbytes)) + held * more + (4 << 20)
 
     def as_dict(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import UsageError
 from ..methods import REQUIRED, Method, Parameter
 from ..methods.lines import AFTER_A_METHOD, wrapped
-from ..methods.parts import EVERY
+from ..methods.registry import EVERY
 from ..recipe import Recipe, Setting, convert, did_you_mean, levels, resolve_parameter
 from .layout import Piece, Source
 from .parameters import lines_of, unknown_parameter

@@ -38,6 +38,8 @@ def run_whole(output: Whole, job: Job, tile: Tile, mapper: Mapper, sink: Sink, b
 
     with one_thread():
         result = called(output.call, read, (0, job.count), shape)
+    if output.shape is not None and gaps.any():
+        raise OperationFailed(f"tensor {show(job.name)}: a task vector with NaN or Inf has no factors: exclude it")
     _write(result, 0, job, sink, buffers, gaps.reshape(-1) if gaps.any() else None)
 
 

@@ -241,12 +241,14 @@ class Whole:
 
     ``function(**arguments)`` receives each Operand as a numpy array of the computing precision (float32, or
     float64 where an input is), Masks and Draws as boolean arrays. With ``by_rows`` it is called for a few
-    whole rows at a time, as (rows, row length), in bounded memory; it must treat every row alone.
+    whole rows at a time, as (rows, row length), in bounded memory; it must treat every row alone. ``shape``: of
+    what it returns, where that is not the tensor's.
     """
 
     function: Callable[..., Any]
     arguments: Mapping[str, Argument] = field(default_factory=dict)
     by_rows: bool = False
+    shape: tuple[int, ...] | None = None
 
     @property
     def call(self) -> Call:

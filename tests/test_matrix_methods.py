@@ -1,0 +1,130 @@
+"""Methods on whole matrices: factors per task, adapters' factors, aligned coordinates, merges that go on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import smelt
+from smelt.errors import InputRejected, OperationFailed, UsageError
+from tests.readback import values
+from tests.recipes import Family, recipe
+from tests.tensors import BASE, X, Y, Z, assert_close, bits, model
+
+MODELS = [X, Y, Z]
+
+
+def drawn(*shape: int, seed: int = 0) -> Any:
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
+
+
+# --- TSV-Compress: each task's leading triplets -------------------------------------------------------------
+
+
+def compressed(**options: Any) -> dict[str, Any]:
+    return smelt.merge_tensors("tsv", MODELS, BASE, parts=True, **options)
+
+
+def test_factors_and_base_give_the_task_back() -> None:
+    made = compressed()
+    assert made["factors.1/matrix"].shape == (11, 65 + 1 + 33)
+    assert_close(smelt.restore_task(made, BASE, 1), smelt.merge_tensors("tsv", MODELS, BASE, parameters={"task": 1}))
+
+
+def test_a_task_is_its_task_vector_cut_to_a_rank() -> None:
+    task = smelt.merge_tensors("tsv", MODELS, BASE, parameters={"task": 2})
+    left, sigma, right = np.linalg.svd(np.float64(Z["matrix"]) - BASE["matrix"], full_matrices=False)
+    cut = (left[:, :11] * sigma[:11]) @ right[:11]
+    np.testing.assert_allclose(task["matrix"], BASE["matrix"] + cut, atol=1e-6)
+    np.testing.assert_array_equal(task["row"], Z["row"])
+
+
+def test_fewer_rows_of_factors_are_a_smaller_rank() -> None:
+    full, small = compressed(parameters={"rank_fraction": 0.5}), compressed(parameters={"rank_fraction": 0.2})
+    name = "factors.0/matrix"
+    cut = {name: full[name][: len(small[name])], **{f"delta.0/{n}": full[f"delta.0/{n}"] for n in ("row", "one")}}
+    assert_close(
+        {"matrix": smelt.restore_task(cut, BASE, 0)["matrix"]},
+        {"matrix": smelt.restore_task(small, BASE, 0)["matrix"]},
+    )
+
+
+def test_factors_of_no_change_are_zero() -> None:
+    made = smelt.merge_tensors("tsv", [BASE], BASE, parts=True)
+    assert not made["factors.0/matrix"].any()
+    assert bits(smelt.restore_task(made, BASE, 0)) == bits(BASE)
+
+
+def test_recipes_write_factors_as_arrays_do(family: Family, tmp_path: Path) -> None:
+    tree = recipe("tsv", family.models, family.base, parameters={"exclude": ["lm_head"]}, output={"format": "parts"})
+    for entry in tree["models"]:
+        entry.pop("parameters")
+    smelt.merge(tree, tmp_path / "parts")
+    arrays = smelt.merge_tensors(
+        "tsv", family.model_arrays, family.base_arrays, parameters={"exclude": ["lm_head"]}, parts=True
+    )
+    assert bits(values(tmp_path / "parts")) == bits(arrays)
+    assert {str(array.dtype) for array in arrays.values()} == {"bfloat16"}
+    smelt.restore_task(tmp_path / "parts", family.base, 1, tmp_path / "restored")
+    restored = values(tmp_path / "restored")
+    np.testing.assert_array_equal(restored["lm_head.weight"], family.model_arrays[1]["lm_head.weight"])
+    assert smelt.verify(tmp_path / "restored").ok
+
+
+def test_what_has_no_effect_on_factors_is_refused() -> None:
+    with pytest.raises(UsageError, match="alpha has no effect where the parts of all tasks are made"):
+        compressed(parameters={"alpha": 2.0})
+    with pytest.raises(UsageError, match="orthogonalise has no effect with task: 0"):
+        smelt.merge_tensors("tsv", MODELS, BASE, parameters={"task": 0, "orthogonalise": False})
+
+
+def test_factors_that_do_not_fit_are_refused() -> None:
+    other = {**BASE, "matrix": BASE["matrix"][:, :5]}
+    with pytest.raises(InputRejected, match=r"\[11, 99\], which are no factors of what base has \(\[65, 5\]\)"):
+        smelt.restore_task(compressed(), other, 0)
+    with pytest.raises(OperationFailed, match="a task vector with NaN or Inf has no factors"):
+        smelt.merge_tensors(
+            "tsv", [{**X, "matrix": np.full_like(X["matrix"], np.nan)}], BASE, parts=True, on_nonfinite="allow"
+        )
+
+
+# --- factors of adapters, merged each as a matrix -----------------------------------------------------------
+
+
+def adapters() -> list[dict[str, Any]]:
+    return [{"a": drawn(4, 20, seed=i), "b": drawn(12, 4, seed=i), f"own.{i}": drawn(3, seed=i)} for i in range(3)]
+
+
+def test_factors_of_adapters_need_no_base_and_keep_what_is_their_own() -> None:
+    models = adapters()
+    with pytest.raises(InputRejected, match=r"tensor 'own\.0' is missing in model 1, model 2"):
+        smelt.merge_tensors("optmerge", models, parameters={"mode": "factors"})
+    out = smelt.merge_tensors("optmerge", models, parameters={"mode": "factors"}, on_extra="copy")
+    zeros = {name: np.zeros_like(models[0][name]) for name in ("a", "b")}
+    based = smelt.merge_tensors("optmerge", models, zeros, parameters={"mode": "factors"}, on_extra="copy")
+    assert bits(out) == bits(based)
+    np.testing.assert_array_equal(out["own.2"], models[2]["own.2"])
+
+
+def test_no_step_on_factors_is_their_mean() -> None:
+    shared = [{"a": m["a"], "b": m["b"]} for m in adapters()]
+    out = smelt.merge_tensors("optmerge", shared, parameters={"mode": "factors", "lr": 0.0})
+    assert_close(out, {name: np.mean([m[name] for m in shared], axis=0) for name in ("a", "b")})
+
+
+def test_tensors_of_some_models_must_agree_on_their_shape() -> None:
+    models = [{"w": X["row"], "x": X["row"]}, {"w": X["row"], "x": X["matrix"]}, {"w": X["row"]}]
+    with pytest.raises(InputRejected, match="'x': shapes differ"):
+        smelt.merge_tensors("linear", models, parameters={"weight": 1.0}, on_extra="copy")
+
+
+def test_narrow_factors() -> None:
+    base, *models = (model(seed, ml_dtypes.bfloat16) for seed in range(3))
+    made = smelt.merge_tensors("tsv", models, base, parts=True, parameters={"rank_fraction": 0.1})
+    away = np.float32(smelt.restore_task(made, base, 0)["matrix"]) - np.float32(base["matrix"])
+    assert np.linalg.matrix_rank(np.float32(made["factors.0/matrix"])) == 3
+    assert 0.1 < np.linalg.norm(away) / np.linalg.norm(np.float32(models[0]["matrix"] - base["matrix"])) < 1
