@@ -128,3 +128,88 @@ def test_narrow_factors() -> None:
     away = np.float32(smelt.restore_task(made, base, 0)["matrix"]) - np.float32(base["matrix"])
     assert np.linalg.matrix_rank(np.float32(made["factors.0/matrix"])) == 3
     assert 0.1 < np.linalg.norm(away) / np.linalg.norm(np.float32(models[0]["matrix"] - base["matrix"])) < 1
+
+
+# --- KnOTS: shared coordinates ------------------------------------------------------------------------------
+
+SHAPES = {"wide": (6, 40), "square": (12, 12), "tall": (70, 9)}
+
+
+def family_of(count: int = 3, seed: int = 0) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    base = {name: drawn(*shape, seed=seed) for name, shape in SHAPES.items()}
+    return base, [{n: a + drawn(*a.shape, seed=seed + 1 + i) / 8 for n, a in base.items()} for i in range(count)]
+
+
+def knots(base: Any, models: Any, **parameters: Any) -> dict[str, Any]:
+    return smelt.merge_tensors("knots", models, base, parameters=parameters)
+
+
+def knots_by_svd(base: Any, models: Any, share: float) -> dict[str, Any]:
+    """The paper's steps, spelt out."""
+    bases, coordinates = {}, {}
+    for name in base:
+        deltas = [np.float64(m[name]) - base[name] for m in models]
+        left, sigma, right = np.linalg.svd(np.concatenate(deltas, axis=1), full_matrices=False)
+        bases[name], coordinates[name] = left, np.split(sigma[:, None] * right, len(models), axis=1)
+    bars = []
+    for task in range(len(models)):
+        every = np.sort(np.abs(np.concatenate([coordinates[name][task].ravel() for name in base])))
+        bars.append(every[len(every) - int(len(every) * share) - 1])
+    out = {}
+    for name in base:
+        kept = [np.where(np.abs(c) >= bar * (1 - 1e-6), c, 0) for c, bar in zip(coordinates[name], bars, strict=True)]
+        sign = np.sign(sum(kept))
+        agreeing = [np.where(c * sign > 0, c, 0) for c in kept]
+        count = sum((c != 0).astype(int) for c in agreeing)
+        out[name] = (base[name] + bases[name] @ (sum(agreeing) / np.maximum(count, 1))).astype(np.float32)
+    return out
+
+
+def test_knots_are_the_paper_s_steps() -> None:
+    base, models = family_of()
+    assert_close(knots(base, models), knots_by_svd(base, models, 0.2), ulps=40)
+    assert_close(knots(base, models[:1]), knots_by_svd(base, models[:1], 0.2), ulps=40)
+
+
+def test_what_is_linear_does_not_see_the_coordinates() -> None:
+    base, models = family_of()
+    mean = smelt.merge_tensors("task_arithmetic", models, base, parameters={"weight": 0.5 / 3})
+    for side in ("output", "input"):
+        assert_close(knots(base, models, rule="tv", density=1.0, alpha=0.5, shared=side), mean, ulps=20)
+        total = knots(base, models, rule="tv", density=1.0, merge_func="sum", shared=side)
+        assert_close(total, smelt.merge_tensors("task_arithmetic", models, base, parameters={"weight": 1.0}), ulps=20)
+
+
+def test_the_sides_are_each_other_s_transposes() -> None:
+    base, models = family_of()
+    turned_base, *turned = ({n: np.ascontiguousarray(a.T) for n, a in m.items()} for m in (base, *models))
+    first, second = knots(base, models, shared="input"), knots(turned_base, turned, shared="output")
+    assert_close(first, {name: array.T for name, array in second.items()}, ulps=40)
+
+
+def test_a_matrix_alone_has_its_own_threshold_in_either_scope() -> None:
+    base, models = family_of()
+    out = knots(base, models, scope="tensor")
+    for name in base:
+        alone = knots({name: base[name]}, [{name: m[name]} for m in models])
+        np.testing.assert_array_equal(out[name], alone[name])
+
+
+def test_low_rank_task_vectors_stay_of_low_rank() -> None:
+    base = {"w": np.zeros((30, 20), np.float32)}
+    models = [{"w": drawn(30, 2, seed=i) @ drawn(2, 20, seed=i)} for i in range(3)]
+    out = knots(base, models)["w"]
+    assert np.linalg.matrix_rank(out, tol=1e-4) == 6
+    none = [{"w": base["w"]}, *models[:2]]
+    assert np.isfinite(knots(base, none)["w"]).all()
+
+
+def test_dropped_coordinates_are_made_up_for() -> None:
+    base, models = family_of()
+    plain = {"rule": "tv", "density": 1.0, "merge_func": "sum"}
+    runs = [
+        smelt.merge_tensors("knots", models, base, parameters={**plain, "drop_rate": 0.3}, seed=seed)["wide"]
+        for seed in range(200)
+    ]
+    away = np.mean(runs, axis=0) - knots(base, models, **plain)["wide"]
+    assert np.abs(away).max() < 0.3 * np.abs(runs[0] - runs[1]).max()
