@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .descent import Matrix
+from .spectral import eigenpairs
 from .tensors import Tensor
 
 #: Eigenvalues below this share of the largest are rounding: no data lies in these directions.
@@ -66,7 +67,7 @@ class Quadratic:
             singular, across = np.linalg.svd(self.gram, full_matrices=False)[1:]
             values, vectors = singular * singular, across.T
         else:
-            values, vectors = np.linalg.eigh(self.gram)
+            values, vectors = eigenpairs(self.gram)
             values, vectors = values[::-1], vectors[:, ::-1]
         kept = values > _CUT * values.max(initial=0)
         return Spectrum(values[kept], vectors[:, kept])

@@ -31,7 +31,7 @@ from ..kernels.program import Call, Rows, Whole
 from ..kernels.vocabulary import where
 from .interference import linear_weight
 from .registry import EXCLUDE, SCOPE, Citation, Method, Parameter, Steps
-from .spectral import Matrix, Triplets, triplets
+from .spectral import Matrix, eigenpairs
 from .task_matrices import ALPHA, TOLERANCE, averaged, delta_of
 from .tensors import Model, Tensor
 
@@ -46,10 +46,17 @@ _SHIFT, _BINS = 16, 1 << 15
 
 @dataclass(frozen=True)
 class Aligned:
-    """The basis U (m, r) in fp64, and T times coordinates (r, n)."""
+    """The basis U (m, r) in fp64, as the product of ``factors``, and T times coordinates (r, n)."""
 
-    basis: Matrix
+    factors: tuple[Matrix, ...]
     coordinates: tuple[Coordinates, ...]
+
+    def expanded(self, joint: Coordinates) -> Matrix:
+        """U C (m, n), from the right: a long basis is never made."""
+        found = np.asarray(joint, np.float64)
+        for factor in reversed(self.factors):
+            found = factor @ found
+        return found
 
 
 def aligned(
@@ -58,30 +65,36 @@ def aligned(
     """Steps 1 and 2 for T matrices (m, n); ``turned``: for their transposes. ``kept``: bool (m, n) or True each."""
     deltas = [delta_of(base, model) for model in models]
     deltas = [delta.T for delta in deltas] if turned else deltas
-    basis, coordinates = _tall(deltas, tolerance) if len(deltas[0]) > _width(deltas) else _wide(deltas, tolerance)
-    drawn = [each if each is True else (each.T if turned else each)[: len(basis.T)] for each in kept]
-    return Aligned(basis, tuple(_thinned(c, k, rate) for c, k in zip(coordinates, drawn, strict=True)))
+    rows, columns = deltas[0].shape
+    found = _wide(deltas, tolerance) if rows <= len(deltas) * columns else _tall(deltas, tolerance)
+    drawn = [each if each is True else (each.T if turned else each)[: len(found.coordinates[0])] for each in kept]
+    thinned = (_thinned(c, k, rate) for c, k in zip(found.coordinates, drawn, strict=True))
+    return Aligned(found.factors, tuple(thinned))
 
 
-def _width(deltas: list[Matrix]) -> int:
-    return len(deltas) * deltas[0].shape[1]
-
-
-def _wide(deltas: list[Matrix], tolerance: float) -> tuple[Matrix, list[Coordinates]]:
+def _wide(deltas: list[Matrix], tolerance: float) -> Aligned:
     """The Gram matrix of the side that all share is the sum of everyone's own."""
     gram = np.zeros((len(deltas[0]),) * 2)
     for delta in deltas:
         gram += delta @ delta.T
-    values, vectors = np.linalg.eigh(gram)
+    basis = _leading(gram, tolerance)[1]
+    return Aligned((basis,), tuple(np.asarray(basis.T @ delta, np.float32) for delta in deltas))
+
+
+def _tall(deltas: list[Matrix], tolerance: float) -> Aligned:
+    """Where all columns together are fewer than rows, theirs is the smaller."""
+    joint = np.concatenate(deltas, axis=1)
+    sigma, right = _leading(joint.T @ joint, tolerance)
+    coordinates = np.asarray((right * sigma).T, np.float32)
+    return Aligned((joint, right / sigma), tuple(np.split(coordinates, len(deltas), axis=1)))
+
+
+def _leading(gram: Matrix, tolerance: float) -> tuple[Matrix, Matrix]:
+    """Singular values, the largest first, from a Gram matrix, and their vectors (n, r)."""
+    values, vectors = eigenpairs(gram)
     least = max(tolerance * tolerance, 10 * len(gram) * float(np.finfo(np.float64).eps))
-    basis = vectors[:, values > least * max(0.0, values[-1])][:, ::-1]
-    return basis, [np.asarray(basis.T @ delta, np.float32) for delta in deltas]
-
-
-def _tall(deltas: list[Matrix], tolerance: float) -> tuple[Matrix, list[Coordinates]]:
-    found: Triplets = triplets(np.concatenate(deltas, axis=1), tolerance=tolerance)
-    joint = np.asarray(found.sigma[:, None] * found.right.T, np.float32)
-    return found.left, np.split(joint, len(deltas), axis=1)
+    count = int((values > least * max(0.0, values[-1])).sum())
+    return np.sqrt(values[::-1][:count]), vectors[:, ::-1][:, :count]
 
 
 def _thinned(coordinates: Coordinates, kept: Any, rate: float) -> Coordinates:
@@ -111,7 +124,9 @@ def _place(counts: npt.NDArray[np.int64], density: float) -> tuple[int, int]:
     dropped = count - int(count * density) - 1
     sums = np.cumsum(counts)
     bin = int(np.searchsorted(sums, dropped, side="right"))
-    return (bin, dropped - int(sums[bin] - counts[bin])) if 0 <= dropped < count else (0, -1)
+    if not 0 <= dropped < count:
+        return 0, -1
+    return bin, dropped - int(sums[bin - 1] if bin else 0)
 
 
 def _nth(magnitudes: npt.NDArray[np.float64], rank: int) -> float:
@@ -175,11 +190,11 @@ def merged(
 ) -> Matrix:  # fmt: skip
     """The merged matrix (m, n) of T models' matrices (m, n)."""
     found = aligned(base, models, turned=turned, **more)
-    if not found.basis.size:
+    if not found.coordinates[0].size:
         return np.asarray(base, np.float64)
     least = bars or tuple(_bar(own, density) for own in found.coordinates)
     joint = apply(together, {"coordinates": found.coordinates, "bars": least, "elect": elect, "mean": mean})
-    delta = found.basis @ joint
+    delta = found.expanded(joint)
     return np.asarray(base + scale * (delta.T if turned else delta))
 
 
@@ -218,7 +233,7 @@ METHODS = (
         name="knots",
         title="KnOTS",
         summary="merge task vectors by TIES in the coordinates of one SVD of all of them",
-        advice="For LoRA fine-tunes of one base, whose task vectors share few directions; tune alpha between 0.3 and 1.",
+        advice="For LoRA fine-tunes of one base, whose task vectors share little; tune alpha from 0.3 to 1.",
         citation=Citation(
             "Model merging with SVD to tie the KnOTS", "Stoica et al.", "ICLR 2025",
             "https://arxiv.org/abs/2410.19735",

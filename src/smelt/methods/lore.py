@@ -74,8 +74,7 @@ def shrunk(matrix: Matrix, threshold: float) -> Matrix:
     """``matrix`` with ``threshold`` taken off every singular value, down to 0."""
     if np.linalg.norm(matrix) <= threshold:
         return np.zeros_like(matrix)
-    found = triplets(matrix)
-    kept = found.first(int((found.sigma > threshold).sum()))
+    kept = triplets(matrix, lambda sigma: int((sigma > threshold).sum()))
     return np.asarray((kept.left * (kept.sigma - threshold)) @ kept.right.T)
 
 

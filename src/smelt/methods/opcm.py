@@ -120,9 +120,13 @@ def projected_sum(base: Any, models: tuple[Any, ...], alpha: float, diagonal: bo
 
 def dominated(total: Matrix, delta: Matrix, alpha: float, diagonal: bool) -> Matrix:
     """The part of ``delta`` that lies in what dominates ``total``."""
-    found = triplets(total)
-    sums = np.cumsum(found.sigma)
-    leading = found.first(int((sums <= alpha * sums[-1]).sum()) if found.rank else 0)
+
+    def dominant(sigma: Matrix) -> int:
+        sums = np.cumsum(sigma)
+        return int((sums <= alpha * sums[-1]).sum())
+
+    found = triplets(total, None if diagonal else dominant)
+    leading = found.first(dominant(found.sigma) if diagonal and found.rank else found.rank)
     part = leading.left @ (leading.left.T @ delta @ leading.right) @ leading.right.T
     if diagonal:
         alike = (found.left * (delta @ found.right)).sum(axis=0)

@@ -29,7 +29,7 @@ from typing import Any
 from ..kernels.program import Call, Copy, Operand, Output, Whole, call
 from .parts import FOR_NO_TASK, TASK, packed, task_of
 from .registry import EXCLUDE, Citation, Method, Parameter, weight_parameter
-from .spectral import Triplets, combined, triplets
+from .spectral import Triplets, combined, orthogonal_sum, triplets
 from .task_matrices import ALPHA, AVERAGE, TOLERANCE, averaged, delta_of, held, is_matrix
 from .tensors import Tensor, delta
 
@@ -57,7 +57,8 @@ def merged(base: Any, models: Any, weights: Any, scale: float, rank: int, orthog
 
 def joined(base: Any, parts: list[Triplets], scale: float, orthogonal: bool) -> Any:
     """Steps 2 to 4, from the triplets of every task."""
-    return base + scale * combined(significant(parts), orthogonal).matrix()
+    chosen = significant(parts)
+    return base + scale * (orthogonal_sum(chosen) if orthogonal else combined(chosen, orthogonal=False).matrix())
 
 
 def of_task(tensor: Tensor, model: Operand) -> Copy | Whole:
