@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .descent import Matrix
-from .spectral import eigenpairs
+from .spectral import eigenpairs, triplets
 from .tensors import Tensor
 
 #: Eigenvalues below this share of the largest are rounding: no data lies in these directions.
@@ -64,8 +64,8 @@ class Quadratic:
     def spectrum(self) -> Spectrum:
         """The eigenvectors with an eigenvalue that is not rounding: signs, and turns within equal ones, are free."""
         if self.few:
-            singular, across = np.linalg.svd(self.gram, full_matrices=False)[1:]
-            values, vectors = singular * singular, across.T
+            found = triplets(self.gram)
+            values, vectors = found.sigma**2, found.right
         else:
             values, vectors = eigenpairs(self.gram)
             values, vectors = values[::-1], vectors[:, ::-1]
@@ -85,14 +85,12 @@ def quadratic(terms: Iterator[Term], rows: int, shape: tuple[int, int]) -> Quadr
     pull, gram, stacked = np.zeros(shape), np.zeros((0 if few else shape[1],) * 2), [np.zeros((0, shape[1]))]
     for weight, target, probe in terms:
         scaled = sqrt(weight) * probe
-        if few:
+        own = None if few else scaled.T @ scaled
+        if own is None:
             stacked.append(scaled)
         else:
-            gram += scaled.T @ scaled
-        if len(probe) < shape[1]:
-            pull += (target @ scaled.T) @ scaled
-        else:
-            pull += target @ (scaled.T @ scaled)
+            gram += own
+        pull += target @ own if own is not None and 2 * len(probe) >= shape[1] else (target @ scaled.T) @ scaled
     return Quadratic(pull, np.concatenate(stacked) if few else gram, few)
 
 
