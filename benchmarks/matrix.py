@@ -172,8 +172,8 @@ def _run(side: str, name: str, shape: str, count: int, threads: int, out: Path) 
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| method | matrices | threads | straightforward s | smelt s | times faster | peak MB | smelt MB | error fp32 | "
-        "smelt error |",
+        "| method | matrices | threads | straightforward s | smelt s | times faster | peak MB | smelt MB | "
+        "error fp32 | smelt error |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in sorted(rows, key=lambda row: (list(METHODS).index(row["method"]), row["threads"], row["shape"])):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import numpy as np
 import pytest
 
 import smelt
+from smelt.engine import memory, whole
 from smelt.errors import InputRejected, OperationFailed, UsageError
 from tests.readback import values
 from tests.recipes import Family, recipe
@@ -213,3 +217,74 @@ def test_dropped_coordinates_are_made_up_for() -> None:
     ]
     away = np.mean(runs, axis=0) - knots(base, models, **plain)["wide"]
     assert np.abs(away).max() < 0.3 * np.abs(runs[0] - runs[1]).max()
+
+
+# --- OPCM: the order ----------------------------------------------------------------------------------------
+
+
+def test_shuffled_models_are_taken_in_an_order_that_the_seed_draws() -> None:
+    base, models = family_of()
+
+    def merged(given: Any, **more: Any) -> Any:
+        return bits(smelt.merge_tensors("opcm", given, base, **more))
+
+    orders = [merged([models[i] for i in order]) for order in itertools.permutations(range(3))]
+    found = [merged(models, parameters={"shuffle": True}, seed=seed) for seed in range(12)]
+    assert all(one in orders for one in found)
+    assert sum(one in found for one in orders) > 3
+    assert found[5] == merged(models, parameters={"shuffle": True}, seed=5)
+
+
+# --- memory: what is planned is what is held ----------------------------------------------------------------
+
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tsv": ("tsv", {}), "task": ("tsv", {"task": 0}), "r_tsvm": ("r_tsvm", {}), "iso_c": ("iso", {"variant": "iso_c"}),
+    "iso_cts": ("iso", {"variant": "iso_cts"}), "knots": ("knots", {"scope": "tensor"}),
+    "wudi": ("wudi", {"variant": "wudi", "iter_num": 2}), "aswudi": ("wudi", {}), "doge": ("doge", {"steps": 2}),
+    "full": ("optmerge", {"mode": "full", "iter_num": 2}), "lora": ("optmerge", {"mode": "lora"}),
+    "opcm": ("opcm", {}), "lore": ("lore", {"max_iter": 2, "threshold": 0.05}), "regmean": ("regmean", {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(192, 192), (352, 96), (96, 352)])
+@pytest.mark.parametrize("run", RUNS)
+def test_matrix_methods_hold_what_they_say(run: str, shape: tuple[int, int], monkeypatch: Any) -> None:
+    """numpy's arrays as they are counted, and what LAPACK takes: three squares for an eigenproblem or a solution."""
+    name, parameters = RUNS[run]
+    method, peaks, seen = smelt.methods.get(name), [0], []
+    base = drawn(*shape)
+    models = [{"w": base + drawn(*shape, seed=i) / 100} for i in range(1, 5)]
+    grams = [{"gram": {"w": np.float32(np.cov(drawn(2 * shape[1], shape[1], seed=i).T))}} for i in range(4)]
+
+    def called(call: Any, *given: Any) -> Any:
+        tracemalloc.start()
+        try:
+            return original(call, *given)
+        finally:
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+
+    original, merge = whole.called, method.merge
+    monkeypatch.setattr(whole, "called", called)
+    watched = replace(method, merge=lambda tensor: seen.append(tensor) or merge(tensor))
+    monkeypatch.setattr(memory, "get", lambda _: watched)
+    smelt.merge_tensors(
+        name, models, None if method.base == "ignored" else {"w": base}, parameters=parameters,
+        statistics=grams if name == "regmean" else None,
+    )  # fmt: skip
+    long = {"knots": shape[0], "aswudi": shape[1], "regmean": shape[1]}
+    lapack = 0 if run == "wudi" else 24 * min(long.get(run, min(shape)), 4 * min(shape)) ** 2
+    _, each = method.holds(seen[0])
+    assert 0.85 < each * base.size / (max(peaks) + lapack) < 1.18
+
+
+def test_a_group_that_does_not_fit_is_refused_with_what_it_needs(family: Family) -> None:
+    tree = recipe("tsv", family.models, family.base)
+    for entry in tree["models"]:
+        entry.pop("parameters")
+    planned = smelt.plan(tree, memory="100GiB", threads=1)
+    planned.close()
+    least = planned.peak_memory >> 20
+    with pytest.raises(UsageError, match=rf"needed with 64 threads \({least}MiB with one\), 300MiB allowed"):
+        smelt.plan(tree, memory="300MiB", threads=64)
+    smelt.plan(tree, memory=f"{max(256, least + 1)}MiB", threads=1).close()

@@ -106,6 +106,9 @@ class Plan:
         operands = sum(source.nbytes for source in output.piece.sources)
         beside = sum(operand.count * DTYPES[operand.dtype].bits // 8 for operand in output.statistics)
         row, more = (1, 0) if output.tensor is None else self.method.holds(output.tensor)
+        if more and row >= output.count:  # whole operands are read one by one, and widened
+            stored = max(source.nbytes for source in output.piece.sources)
+            return stored + row * more + (4 << 20)
         count = output.count if output.tensor is None else output.tensor.count
         held = min(count, TILE + row - 1)
         tile = held / max(1, count)
@@ -291,4 +294,7 @@ def _memory_problems(made: Plan) -> list[str]:
     needed, given = made.peak_memory, made.options.memory
     if needed <= given:
         return []
-    return [f"memory: {needed >> 20}MiB are needed with {made.options.threads} threads, {given >> 20}MiB allowed"]
+    alone = replace(made, options=replace(made.options, threads=1)).peak_memory
+    fewer = f" ({alone >> 20}MiB with one)" if alone < needed else ""
+    threads = made.options.threads
+    return [f"memory: {needed >> 20}MiB are needed with {threads} threads{fewer}, {given >> 20}MiB allowed"]

@@ -68,7 +68,7 @@ def _idle(recipe: Recipe, method: Method) -> list[str]:
         if name == "task" and recipe.in_parts:
             return EVERY
         value = recipe.parameters[name].resolve(0.0, "") if name in recipe.parameters else None
-        return known[name].default if value is None else convert(value, known[name].kind)
+        return known[name].default_for(variant) if value is None else convert(value, known[name].kind)
 
     idle = [(text.partition(" ")[0], text) for text in method.idle(places, value_of)]
     return [places[name].report(f"{method.name}: {text}") for name, text in idle]

@@ -30,6 +30,7 @@ from .descent import Matrix, adam, strips
 from .interference import linear_weight, squared_norm
 from .registry import EXCLUDE, Citation, Method, Parameter, Steps
 from .spectral import triplets
+from .task_matrices import held
 from .tensors import Model, Tensor, delta
 
 
@@ -110,7 +111,7 @@ def _shared_directions(changes: list[Matrix], models: int, subspace: int) -> Mat
 
 def holds(tensor: Tensor) -> tuple[int, int]:
     """The task vectors twice and the work of descent."""
-    return (tensor.count, 8 * (2 * tensor.size + 8)) if linear_weight(tensor) else (1, 0)
+    return held(tensor, 21 * tensor.size + 70, 3) if linear_weight(tensor) else (1, 0)
 
 
 METHODS = (

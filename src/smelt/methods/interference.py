@@ -12,7 +12,7 @@ step does not grow with the number of models.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import sqrt
 from typing import NamedTuple
@@ -79,9 +79,12 @@ class Quadratic:
         return np.asarray(start + way @ spectrum.vectors.T)
 
 
-def quadratic(terms: Iterator[Term], rows: int, shape: tuple[int, int]) -> Quadratic:
-    """The loss of ``terms``, whose probes have ``rows`` rows together, on matrices of this shape."""
-    few = rows < shape[1]
+def quadratic(terms: Iterator[Term], rows: int, shape: tuple[int, int], steps: bool = False) -> Quadratic:
+    """The loss of ``terms``, whose probes have ``rows`` rows together, on matrices of this shape.
+
+    ``steps``: for many gradients, each of which multiplies by Z twice; else for one eigenproblem.
+    """
+    few = (2 if steps else 1) * rows < shape[1]
     pull, gram, stacked = np.zeros(shape), np.zeros((0 if few else shape[1],) * 2), [np.zeros((0, shape[1]))]
     for weight, target, probe in terms:
         scaled = sqrt(weight) * probe
@@ -98,6 +101,15 @@ def task_vector(base: npt.NDArray[np.float32], model: npt.NDArray[np.float32]) -
     """Fine-tuned minus base, as a matrix (first axis, the rest)."""
     change = np.subtract(model, base, dtype=np.float64)
     return change.reshape(len(change), -1)
+
+
+def total_of(base: npt.NDArray[np.float32], models: Iterable[npt.NDArray[np.float32]]) -> Matrix:
+    """The sum of all task vectors, one at a time."""
+    first, *others = models
+    total = task_vector(base, first)
+    for model in others:
+        total += task_vector(base, model)
+    return total
 
 
 def squared_norm(matrix: Matrix) -> float:

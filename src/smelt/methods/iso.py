@@ -101,7 +101,10 @@ def mean_of(values: Matrix, rank: int, over_rank: bool) -> float:
 
 
 def holds(tensor: Tensor) -> tuple[int, int]:
-    return held(tensor, min(tensor.shape)) if is_matrix(tensor) else (1, 0)
+    if not is_matrix(tensor):
+        return 1, 0
+    operands = 4 * (tensor.size + 1)
+    return held(tensor, operands + 25, 4.5) if tensor.variant == "iso_c" else held(tensor, operands + 48, 10.6)
 
 
 METHODS = (

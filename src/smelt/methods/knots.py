@@ -31,8 +31,8 @@ from ..kernels.program import Call, Rows, Whole
 from ..kernels.vocabulary import where
 from .interference import linear_weight
 from .registry import EXCLUDE, SCOPE, Citation, Method, Parameter, Steps
-from .spectral import Matrix, eigenpairs
-from .task_matrices import ALPHA, TOLERANCE, averaged, delta_of
+from .spectral import Matrix, eigenpairs, finite
+from .task_matrices import ALPHA, TOLERANCE, averaged, delta_of, held
 from .tensors import Model, Tensor
 
 Coordinates = npt.NDArray[np.float32]
@@ -154,7 +154,7 @@ def _bits(coordinates: Coordinates) -> npt.NDArray[np.uint32]:
 
 def _seen(shape: tuple[int, ...], base: Any, models: tuple[Any, ...], kept: tuple[Any, ...], **more: Any) -> Aligned:
     """What is no number counts as 0 here: the pass that makes the output finds it."""
-    start, *others = (np.where(np.isfinite(x), x, np.zeros((), x.dtype)).reshape(shape) for x in (base, *models))
+    start, *others = (finite(x).reshape(shape) for x in (base, *models))
     drawn = tuple(each if each is True else each.reshape(shape) for each in kept)
     with one_thread():
         return aligned(start, tuple(others), drawn, **more)
@@ -223,9 +223,10 @@ def holds(tensor: Tensor) -> tuple[int, int]:
     if not is_aligned(tensor):
         return 1, 0
     rows = tensor.shape[1 if tensor["shared"] == "input" else 0]
-    short = min(rows, tensor.size * (tensor.count // rows))
-    beside = 8 * (4 * short * short + rows * short)
-    return tensor.count, 16 * (tensor.size + 1) + 24 + -(-beside // tensor.count)
+    joint = tensor.size * (tensor.count // rows)
+    if rows <= joint:
+        return held(tensor, 16 * tensor.size + 21, 5, rows)
+    return held(tensor, 24 * tensor.size + 21, 7, joint)
 
 
 METHODS = (

@@ -26,6 +26,7 @@ from ..kernels.program import Call, Whole, call
 from .linear import weighted_sum
 from .registry import EXCLUDE, LAMBDA, Citation, Method, Parameter, weight_parameter
 from .spectral import Matrix, triplets
+from .task_matrices import held
 from .tensors import Tensor
 
 #: theta_0 rests once it moves by less than this share of its norm.
@@ -57,7 +58,7 @@ def estimated(models: list[Matrix], threshold: float, rounds: int) -> tuple[Matr
     base = _mean(models)
     deltas = [shrunk(model - base, threshold) for model in models]
     for _ in range(rounds - 1):
-        moved = _mean([model - delta for model, delta in zip(models, deltas, strict=True)])
+        moved = sum(model - delta for model, delta in zip(models, deltas, strict=True)) / len(models)
         still = np.linalg.norm(moved - base) <= _STILL * np.linalg.norm(base)
         base = moved
         if still:
@@ -79,8 +80,11 @@ def shrunk(matrix: Matrix, threshold: float) -> Matrix:
 
 
 def holds(tensor: Tensor) -> tuple[int, int]:
-    """In fp64 the models and their task vectors; vectors and the Gram matrix of one of them; base and result."""
-    return (1, 0) if len(tensor.shape) < 2 else (tensor.count, 8 * (2 * tensor.size + 8))
+    """Operands in fp32; in fp64 the models, their task vectors, and vectors of one of them; base and result."""
+    if len(tensor.shape) < 2:
+        return 1, 0
+    columns = tensor.count // max(1, tensor.shape[0])
+    return held(tensor, 28 * tensor.size + 40, 3, min(tensor.shape[0], columns))
 
 
 METHODS = (

@@ -33,6 +33,7 @@ from .linear import weighted_sum
 from .registry import LAMBDA, Citation, Method, Parameter
 from .spectral import triplets
 from .task_arithmetic import add_task_vectors
+from .task_matrices import held
 from .tensors import Tensor
 
 #: A singular value below this share of the largest is noise of 16-bit weights.
@@ -73,7 +74,7 @@ def _adapted(change: Matrix) -> bool:
 def _from_sum(changes: list[Matrix], rank: int, options: Mapping[str, Any]) -> Matrix:
     """W by Adam, its targets cut around the mean."""
     total = np.add.reduce(changes)
-    form = quadratic(_terms(changes, rank, total / len(changes)), rank * len(changes), total.shape)
+    form = quadratic(_terms(changes, rank, total / len(changes)), rank * len(changes), total.shape, True)
     return adam(total, form.gradient, 1e-5 if options["lr"] is None else options["lr"], options["iter_num"])
 
 
@@ -104,10 +105,10 @@ def _leading_rows(change: Matrix, rank: int) -> Matrix:
 
 
 def holds(tensor: Tensor) -> tuple[int, int]:
-    """The task vectors, the work of descent and of decompositions, and three matrices (in, in) or less."""
+    """The task vectors, the work of descent and of decompositions, and G."""
     if len(tensor.shape) != 2 or not tensor.count:
         return 1, 0
-    return tensor.count, 8 * (tensor.size + 10) + 24 * tensor.shape[1] // tensor.shape[0]
+    return held(tensor, 20 * tensor.size + 35, 5.5)
 
 
 #: What the authors leave as it is: encoders of other modalities, embeddings, heads, norms and biases.

@@ -54,6 +54,12 @@ class Triplets:
         return Triplets(self.left, factor * self.sigma, self.right)
 
 
+def finite(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """With 0 in place of NaN and infinity, which no decomposition survives."""
+    fine = np.isfinite(values)
+    return values if fine.all() else np.where(fine, values, np.zeros((), values.dtype))
+
+
 def eigenpairs(gram: Matrix) -> tuple[Matrix, Matrix]:
     """As ``numpy.linalg.eigh``, for a positive semi-definite matrix (n, n): values ascending, vectors in columns.
 

@@ -113,8 +113,9 @@ def is_truncated(tensor: Tensor) -> bool:
 
 def holds(tensor: Tensor) -> tuple[int, int]:
     if tensor["task"] is not None:
-        return held(tensor, rank_of(tensor)) if len(tensor.shape) == 2 else (1, 0)
-    return held(tensor, rank_of(tensor) * tensor.size) if is_truncated(tensor) else (1, 0)
+        return held(tensor, 30, 4.2) if len(tensor.shape) == 2 else (1, 0)
+    share = max(1.0, rank_of(tensor) * tensor.size / max(1, min(tensor.shape)))
+    return held(tensor, 4 * (tensor.size + 1) + 30 * share, 11 * share) if is_truncated(tensor) else (1, 0)
 
 
 METHODS = (
