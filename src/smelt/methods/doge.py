@@ -83,7 +83,7 @@ def _correction(changes: list[Matrix], factors: list[float], models: int, option
     rows = np.stack(changes, axis=1)
     rows /= unit
     total, parts = sum(factors), strips(changes[0].shape)
-    merged = sum(factor / unit * change for factor, change in zip(factors, changes, strict=True))
+    merged = np.asarray(sum(factor / unit * change for factor, change in zip(factors, changes, strict=True)))
     gaps = _along(rows, -merged) + np.einsum("rti,rti->rt", rows, rows)
 
     def gradient(place: Matrix) -> Matrix:

@@ -18,6 +18,7 @@ all where mu exceeds every singular value.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,7 @@ def estimated(models: list[Matrix], threshold: float, rounds: int) -> tuple[Matr
     base = _mean(models)
     deltas = [shrunk(model - base, threshold) for model in models]
     for _ in range(rounds - 1):
-        moved = sum(model - delta for model, delta in zip(models, deltas, strict=True)) / len(models)
+        moved = _mean(model - delta for model, delta in zip(models, deltas, strict=True))
         still = np.linalg.norm(moved - base) <= _STILL * np.linalg.norm(base)
         base = moved
         if still:
@@ -67,8 +68,12 @@ def estimated(models: list[Matrix], threshold: float, rounds: int) -> tuple[Matr
     return base, deltas
 
 
-def _mean(matrices: list[Matrix]) -> Matrix:
-    return np.asarray(sum(matrices) / len(matrices), np.float64)
+def _mean(matrices: Iterable[Matrix]) -> Matrix:
+    """One at a time."""
+    total, count = np.zeros(()), 0
+    for matrix in matrices:
+        total, count = total + matrix, count + 1
+    return np.asarray(total / count, np.float64)
 
 
 def shrunk(matrix: Matrix, threshold: float) -> Matrix:
