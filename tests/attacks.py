@@ -308,8 +308,12 @@ attack("B55-two-numberings", "shards of several sets", "of-00003", "of-00005")(
     holding({"model-00001-of-00003.safetensors": good("a"), "model-00002-of-00005.safetensors": good("b")})
 )
 attack("B55-incomplete-numbering", "weight files are missing", TWO)(holding({ONE: good("a")}))
-attack("B56-pickle-only", "pytorch_model.bin' is pickled.*convert it")(holding({"pytorch_model.bin": b"\x80\x02"}))
-attack("B56-pickle-named", "is pickled.*convert it", "model.pt")(lambda folder: put(folder, b"\x80\x02", "model.pt"))
+attack("B56-pickle-only", "is pickled: --allow-pickle", "pytorch_model.bin")(
+    holding({"pytorch_model.bin": b"\x80\x02"})
+)
+attack("B56-pickle-named", "is pickled: --allow-pickle", "model.pt")(
+    lambda folder: put(folder, b"\x80\x02", "model.pt")
+)
 attack("B56-pickle-in-index", "is pickled", INDEX, "pytorch_model.bin")(pointing_at("pytorch_model.bin"))
 attack("B56-zip-as-safetensors", "zip archive", FILE)(raw(b"PK\x03\x04\x00\x00\x08\x08" + bytes(100)))
 attack("B57-adapter-only", r"is an adapter.*base\+adapter")(
@@ -326,8 +330,9 @@ attack("B62-html", "is an HTML page", FILE)(raw(b"\n<!DOCTYPE html><html><body>4
 attack("B62-short-html", "is an HTML page", FILE)(raw(b"<html>"))
 attack("B62-xml", "is an XML page", FILE)(raw(b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>'))
 attack("B-gguf", "is GGUF", FILE)(raw(b"GGUF\x03\x00\x00\x00" + bytes(100)))
-attack("B-gguf-only", "holds GGUF")(holding({"model.gguf": b"GGUF"}))
-attack("B-pipeline", "diffusers pipeline")(holding({"model_index.json": b"{}"}))
+attack("B-gguf-several", "holds GGUF")(holding({"a.gguf": b"GGUF", "b.gguf": b"GGUF"}))
+attack("B-gguf-short", "is cut short", "model.gguf")(holding({"model.gguf": b"GGUF"}))
+attack("B-pipeline", "names no part", "model_index.json")(holding({"model_index.json": b"{}"}))
 attack("B-nothing", "holds no weights")(holding({}))
 attack("B-no-tensor", "holds no tensor", FILE)(raw(packed(b"{}")))
 attack("B-config-not-json", "not valid JSON", "config.json")(holding({FILE: good("a"), "config.json": b"{"}))

@@ -105,7 +105,7 @@ OPTIONS = [
         "118 too little memory for so many threads",
         ["--memory", "256MiB", "--threads", "500"],
         2,
-        r"memory: \d+MiB are needed with 500 threads and \d+MiB with 1, 256MiB allowed",
+        r"memory: \d+MiB are needed with 500 threads \(\d+MiB with one\), 256MiB allowed",
     ),
     ("118 memory that is none", ["--memory", "lots"], 2, "memory: .*lots"),
     ("shards that are none", ["--shard-size", "0"], 2, "shard_size"),

@@ -140,7 +140,7 @@ REFUSED = {
     "override_architecture": "models: [{model: {model: m, override_architecture: A}, parameters: {weight: 1}}]",
     "residual_weight": "slices: [{sources: [{model: m, layer_range: [0, 1]}], residual_weight: 0.5}]",
     "holes": f"{MODELS}\nparameters: {{weight: {{search: [0.0, 1.0]}}}}",
-    "output formats other than safetensors": f"{MODELS}\noutput: {{format: gguf}}",
+    "output formats other than safetensors": f"{MODELS}\noutput: {{format: lora}}",
 }
 
 

@@ -40,10 +40,15 @@ def required(method: Method, variant: str) -> dict[str, Any]:
 
 def run(method: Method, variant: str, models: Sequence[Arrays], base: Arrays | None = None, **options: Any) -> Any:
     """Merge with the least that the method needs; the base only goes to methods that look at it."""
-    known = (BASE if base is None else base) if method.base == "required" else None
+    known = (BASE if base is None else base) if has_base(method) else None
     chosen = required(method, variant)
     given = statistics_for(method, chosen, models)
     return smelt.merge_tensors(method.name, models, known, parameters=chosen, statistics=given, **options)
+
+
+def has_base(method: Method) -> bool:
+    """Whether the least that it needs has a base; OptMerge does without where the models are factors."""
+    return method.base == "required" or method.name == "optmerge"
 
 
 def as_many(method: Method, models: Sequence[Arrays]) -> Sequence[Arrays]:
@@ -128,7 +133,7 @@ class TestEveryMethod:
         chosen = required(method, variant)
         each = {p.name: chosen[p.name] for p in method.parameters if p.per_model and p.name in chosen}
         shared = {name: value for name, value in chosen.items() if name not in each}
-        count, needs_base = method.max_models or 2, method.base == "required"
+        count, needs_base = method.max_models or 2, has_base(method)
         base = family.base if needs_base else None
         tree = recipe(method.name, family.models[:count], base, each=each, parameters=shared)
         given = statistics_for(method, chosen, family.model_arrays[:count])

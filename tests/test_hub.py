@@ -220,7 +220,11 @@ def test_a_model_is_not_downloaded_as_an_adapter(online: Callable[..., list[dict
         ),
         (["adapter_model.safetensors", "adapter_config.json"], "'owner/name' is an adapter, not a model"),
         (["model.gguf"], "'owner/name' holds GGUF"),
-        (["unet/model.safetensors", "model_index.json"], "diffusers pipeline"),
+        (["unet/diffusion_pytorch_model.bin", "model_index.json"], "diffusers pipeline"),
+        (
+            ["unet/diffusion_pytorch_model.bin", "unet/config.json", "vae/model.safetensors", "model_index.json"],
+            "'owner/name', 'unet', holds no safetensors file; 'diffusion_pytorch_model.bin' is pickled",
+        ),
         ([], "holds no weights"),
     ],
 )
@@ -231,6 +235,19 @@ def test_what_is_no_model_is_not_downloaded(
     with pytest.raises(smelt.InputRejected, match=pattern):
         smelt.load(ID)
     assert len(asked) == 1
+
+
+def test_of_a_pipeline_the_folders_below_are_downloaded() -> None:
+    unet = ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "config.json", "sample.png"]
+    names = [*(f"unet/{name}" for name in unet), "model_index.json", "unet/deep/model.safetensors", "whole.ckpt"]
+    assert hub.wanted(names, "there") == ["model_index.json", "unet/config.json", f"unet/{unet[0]}"]
+    assert hub.wanted([*names, "whole.safetensors"], "there")[-1] == "whole.safetensors"
+
+
+def test_pickled_weights_are_downloaded_on_request() -> None:
+    names = ["pytorch_model.bin", "training_args.bin", "config.json"]
+    assert hub.wanted(names, "there", pickled=True) == ["config.json", "pytorch_model.bin"]
+    assert hub.wanted([*names, FILE], "there", pickled=True) == ["config.json", FILE]
 
 
 def response(status: int) -> Any:

@@ -21,8 +21,8 @@ MODULES = {
 #: From the ground up. What stands on one floor may not import each other.
 FLOORS = (
     ("errors", "_version"), ("storage",), ("kernels",), ("checkpoint",), ("recipe", "architecture"),
-    ("methods", "tokenizer"), ("engine",), ("adapters", "diagnosis", "stacking", "statistics", "transplant"), ("cli",),
-    ("smelt",),
+    ("methods", "tokenizer"), ("engine",),
+    ("adapters", "conversion", "diagnosis", "stacking", "statistics", "transplant"), ("cli",), ("smelt",),
 )  # fmt: skip
 FLOOR = {part: height for height, parts in enumerate(FLOORS) for part in parts}
 

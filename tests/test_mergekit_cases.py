@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import smelt
-from tests.mergekit_parity import HERE, NotYet, cases_in, run_case
+from tests.mergekit_parity import HERE, OPTIONS, NotYet, cases_in, run_case
 from tests.mergekit_programs import PROGRAMS, run
 
 CASES = list(cases_in(HERE))
@@ -36,8 +36,8 @@ def test_the_config_is_mergekits(folder: Path, tmp_path: Path, monkeypatch: pyte
     if case["entry"] in PROGRAMS:
         run(case["argv"], tmp_path / "out")
     else:
-        cut = "--unsafe-truncate-embeddings" in case["argv"]
-        smelt.merge(folder / "config.yaml", tmp_path / "out", truncate_embeddings=cut)
+        options = {key: value for word in case["argv"] for key, value in OPTIONS.get(word, {}).items()}
+        smelt.merge(folder / "config.yaml", tmp_path / "out", **options)
     written, wanted = (config(path) for path in (tmp_path / "out" / "config.json", folder / "expected_config.json"))
     assert written == wanted | OURS.get(folder.name, {})
 

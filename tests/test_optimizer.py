@@ -101,10 +101,10 @@ class Attack:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (pickle.dumps(Attack()), r"names 'builtins.print', which no optimizer needs"),
+        (pickle.dumps(Attack()), r"names 'builtins.print', which no weights and no optimizer need"),
         (b"cos\nsystem\n(S'true'\ntR.", "names 'os.system'"),
         (b"cbuiltins\neval\n(S'1'\ntR.", "names 'builtins.eval'"),
-        (b"ctorch\nload\n(S'x'\ntR.", "holds no optimizer state"),
+        (b"ctorch\nload\n(U\x01xtR.", "holds no optimizer state"),
         (pickle.dumps({"state": {}}), "holds no optimizer state"),
         (pickle.dumps({"state": {}, "param_groups": []}), "not an optimizer state as it should be|do not fit"),
         (pickle.dumps([1])[:-3], "is not a whole file of torch.save"),

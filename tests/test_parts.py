@@ -237,7 +237,7 @@ def test_consensus_of_one_model_needs_no_second() -> None:
 
 
 def test_parts_of_another_base_are_refused() -> None:
-    with pytest.raises(InputRejected, match="no masks of task 3, there are those of 0, 1, 2"):
+    with pytest.raises(InputRejected, match="no parts of task 3, there are those of 0, 1, 2"):
         smelt.restore_task(parts("tall_masks"), BASE, 3)
     other = {**{n: a for n, a in BASE.items() if n != "row"}, "matrix": np.zeros((2, 2), np.float32)}
     with pytest.raises(InputRejected) as told:

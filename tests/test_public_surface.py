@@ -16,8 +16,9 @@ import smelt
 #: The promise. A name that is added or removed here is a change for users: tell it in CHANGELOG.md.
 PUBLIC = [
     "Artifact", "Checkpoint", "InputRejected", "MissingExtra", "OperationFailed", "Plan", "SmeltError", "Soup",
-    "UsageError", "__version__", "check", "choose_lambdas", "extract_lora", "greedy_soup", "load", "merge",
-    "merge_tensors", "methods", "plan", "restore_task", "stack", "transplant_tokenizer", "verify",
+    "UsageError", "__version__", "check", "choose_lambdas", "convert", "extract_delta", "extract_lora", "greedy_soup",
+    "load", "merge", "merge_lora", "merge_tensors", "methods", "plan", "restore_task", "stack",
+    "transplant_tokenizer", "verify",
 ]  # fmt: skip
 HEAVY = {"numpy", "numba", "llvmlite", "torch", "transformers", "huggingface_hub", "rich", "yaml", "ml_dtypes"}
 DOORS = ["smelt", *(f"smelt.{name}" for name in (

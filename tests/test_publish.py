@@ -248,11 +248,11 @@ def test_nothing_else_is_touched(tree: dict[str, Any], tmp_path: Path, monkeypat
         "os.mkdir",
         "os.rmdir",
         "os.listdir",
+        "os.walk",
         "os.scandir",
         "os.remove",
         "os.rename",
         "os.truncate",
-        "os.walk",
     }
 
 

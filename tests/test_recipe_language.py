@@ -71,7 +71,7 @@ chat_template: auto
 name: all
 seed: 7
 scope: model
-output: {dtype: bfloat16, shard_size: 2GB, format: gguf}
+output: {dtype: bfloat16, shard_size: 2GB, format: delta}
 """)
     assert recipe.slices
     first, second = recipe.slices
@@ -83,7 +83,7 @@ output: {dtype: bfloat16, shard_size: 2GB, format: gguf}
     assert (recipe.method, recipe.name, recipe.seed, recipe.scope) == ("ties", "all", 7, "model")
     assert (recipe.dtype, recipe.out_dtype, recipe.written_dtype) == ("F32", None, "BF16")
     assert recipe.output
-    assert (recipe.output.shard_size, recipe.output.format) == (2 * 10**9, "gguf")
+    assert (recipe.output.shard_size, recipe.output.format) == (2 * 10**9, "delta")
     assert recipe.tokenizer
     assert recipe.tokenizer.pad_to_multiple_of == 64
     assert recipe.tokenizer.tokens["x"].source == reference("b")
@@ -241,7 +241,7 @@ def test_an_inline_recipe_may_stand_for_a_model() -> None:
 LATER = [
     ("statistics", HEAD + "models: [{model: a, statistics: s+b}]\n", "2:33: an adapter on statistics "),
     ("residual", SOURCE + "  - {model: a, layer_range: [0, 1]}\n  residual_weight: 1\n", "3:3: residual_weight "),
-    ("format", MODELS + "output: {format: gguf}\n", "3:1: the output format gguf "),
+    ("format", MODELS + "output: {format: lora}\n", "3:1: the output format lora "),
     (
         "architecture",
         HEAD + "models: [{model: {model: a, override_architecture: B}}]\n",

@@ -9,7 +9,7 @@ import pytest
 
 import smelt
 from smelt.methods.r_tsvm import shares
-from smelt.methods.spectral import combined, polar, spectrum_and_polar, triplets
+from smelt.methods.spectral import combined, eigenpairs, orthogonal_sum, polar, spectrum_and_polar, triplets
 from tests.small_models import Arrays
 from tests.tensors import assert_close
 
@@ -216,3 +216,35 @@ def test_r_tsvm_keeps_as_many_triplets_as_the_energy_needs() -> None:
     wanted = float((sigma[:3] ** 2).sum() / (sigma**2).sum()) - 1e-9
     out = merged("r_tsvm", [delta], weighting="none", rank_rule="energy", energy_share=wanted)
     np.testing.assert_allclose(out, triplets(delta, 3).matrix(), atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (30, 40), (30, 30)])
+@pytest.mark.parametrize("kappa", [1e6, 1e8, 1e10])
+def test_small_singular_values_are_as_exact_as_those_of_an_svd(shape: tuple[int, int], kappa: float) -> None:
+    """Where the Gram matrix alone would have lost them."""
+    matrix = conditioned(shape, kappa)
+    left, sigma, right = np.linalg.svd(matrix, full_matrices=False)
+    found, factor = spectrum_and_polar(matrix)
+    np.testing.assert_allclose(found, sigma, rtol=1e-13 * kappa)
+    np.testing.assert_allclose(factor, left @ right, atol=1e-13 * kappa)
+    all_of_it = triplets(matrix)
+    np.testing.assert_allclose(all_of_it.matrix(), matrix, atol=1e-13)
+    np.testing.assert_allclose(all_of_it.left.T @ all_of_it.left, np.eye(30), atol=1e-13 * kappa)
+
+
+@pytest.mark.parametrize("size", [512, 1024])
+def test_eigenpairs_of_sizes_that_caches_bear_badly(size: int) -> None:
+    factor = drawn(size, 20)
+    gram = factor @ factor.T
+    values, vectors = eigenpairs(gram)
+    np.testing.assert_allclose(values, np.linalg.eigvalsh(gram), atol=1e-11 * size)
+    np.testing.assert_allclose((vectors * values) @ vectors.T, gram, atol=1e-11 * size)
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(size), atol=1e-12)
+
+
+def test_the_sum_of_orthogonalised_triplets_is_made_of_polar_factors() -> None:
+    for rows, columns in ((20, 30), (30, 20), (24, 24)):
+        parts = [triplets(drawn(rows, columns, seed=seed), 6) for seed in range(3)]
+        twice = [parts[0], parts[0], parts[1]]
+        for chosen in (parts, twice):
+            np.testing.assert_allclose(orthogonal_sum(chosen), combined(chosen, orthogonal=True).matrix(), atol=1e-10)

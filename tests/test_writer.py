@@ -20,8 +20,10 @@ from hypothesis import strategies as st
 import smelt
 from smelt import storage
 from smelt.checkpoint import CheckpointWriter, Shard, TensorInfo, plan_shards
-from smelt.checkpoint.writer import ALIGNMENT, INDEX
+from smelt.checkpoint.writer import ALIGNMENT
 from smelt.kernels.dtypes import DTYPES
+
+INDEX = "model.safetensors.index.json"
 
 names = st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z")), min_size=1, max_size=8)
 infos = st.builds(

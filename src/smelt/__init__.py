@@ -2,7 +2,9 @@
 
     smelt.merge("recipe.yml", "out")        run a recipe (mergekit's YAML runs unmodified)
     smelt.merge_tensors("ties", [a, b], base)   the same methods on dicts of arrays
+    smelt.convert("model", "out")           the same model as safetensors, in another dtype
     smelt.greedy_soup([a, b, c], score)     average from the best down, keeping what helps
+    smelt.merge_lora([a, b], "out")         adapters among each other, without their base
     smelt.load("model")                     a lazy mapping name -> tensor
     smelt.check(["a", "b"], base="c")       do these share a backbone, what should I use?
     smelt.methods.names()                   the registry
@@ -20,8 +22,9 @@ from .errors import InputRejected, MissingExtra, OperationFailed, SmeltError, Us
 
 if TYPE_CHECKING:
     from . import methods
-    from .adapters import extract_lora
+    from .adapters import extract_delta, extract_lora, merge_lora
     from .checkpoint import Checkpoint, load
+    from .conversion import convert
     from .diagnosis import check
     from .engine import (
         Artifact,
@@ -40,14 +43,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Artifact", "Checkpoint", "InputRejected", "MissingExtra", "OperationFailed", "Plan", "SmeltError", "Soup",
-    "UsageError", "__version__", "check", "choose_lambdas", "extract_lora", "greedy_soup", "load", "merge",
-    "merge_tensors", "methods", "plan", "restore_task", "stack", "transplant_tokenizer", "verify",
+    "UsageError", "__version__", "check", "choose_lambdas", "convert", "extract_delta", "extract_lora", "greedy_soup",
+    "load", "merge", "merge_lora", "merge_tensors", "methods", "plan", "restore_task", "stack",
+    "transplant_tokenizer", "verify",
 ]  # fmt: skip
 
 _HOMES = {
     "Artifact": "engine", "Checkpoint": "checkpoint", "Plan": "engine", "Soup": "engine", "check": "diagnosis",
-    "choose_lambdas": "engine", "extract_lora": "adapters", "greedy_soup": "engine", "load": "checkpoint",
-    "merge": "engine", "merge_tensors": "engine", "plan": "engine", "restore_task": "engine", "stack": "stacking",
+    "choose_lambdas": "engine", "convert": "conversion", "extract_delta": "adapters", "extract_lora": "adapters",
+    "greedy_soup": "engine", "load": "checkpoint", "merge": "engine", "merge_lora": "adapters",
+    "merge_tensors": "engine", "plan": "engine", "restore_task": "engine", "stack": "stacking",
     "transplant_tokenizer": "transplant", "verify": "engine",
 }  # fmt: skip
 

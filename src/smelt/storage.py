@@ -17,7 +17,7 @@ import stat
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -159,32 +159,23 @@ def pread_into(descriptor: int, out: memoryview, offset: int, path: object = "fi
         done += got
 
 
-def stretch(descriptor: int, path: Path, start: int, size: int) -> io.BufferedReader:
-    """``size`` bytes of an open file from ``start`` on, as a file of its own; closing it leaves the descriptor open."""
-    return io.BufferedReader(_Stretch(descriptor, path, start, size))
+def stretch(read_into: Callable[[memoryview, int], None], start: int, size: int) -> io.BufferedReader:
+    """``size`` bytes of what ``read_into(out, offset)`` reads, from ``start`` on, to be read once as a file."""
+    return io.BufferedReader(_Stretch(read_into, start, start + size))
 
 
 class _Stretch(io.RawIOBase):
-    def __init__(self, descriptor: int, path: Path, start: int, size: int) -> None:
-        self._descriptor, self._path, self._start, self._size = descriptor, path, start, size
-        self._place = 0
+    def __init__(self, read_into: Callable[[memoryview, int], None], start: int, end: int) -> None:
+        self._read_into, self._start, self._end = read_into, start, end
 
     def readable(self) -> bool:
         return True
 
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
-        self._place = max(0, origin + offset)
-        return self._place
-
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
-        count = max(0, min(len(view), self._size - self._place))
-        pread_into(self._descriptor, view[:count], self._start + self._place, self._path)
-        self._place += count
+        count = max(0, min(len(view), self._end - self._start))
+        self._read_into(view[:count], self._start)
+        self._start += count
         return count
 
 
@@ -327,6 +318,20 @@ def make_folders(path: Path) -> None:
         os.makedirs(path, mode=0o700, exist_ok=True)
 
 
+def make_way(path: Path) -> None:
+    """Make the folders that lead to a new file, where missing."""
+    with _told("make the folder", path.parent):
+        os.makedirs(path.parent, exist_ok=True)
+
+
+def files_below(folder: Path) -> list[str]:
+    """All files in a folder and those below it, by their paths from it on, sorted."""
+    with _told("list", folder):
+        return sorted(
+            os.path.relpath(os.path.join(home, name), folder) for home, _, names in os.walk(folder) for name in names
+        )
+
+
 def lock_folder(folder: Path, note: bytes) -> int | None:
     """Make a folder unless it is there, and take its lock: a descriptor, or None while another process has it.
 
@@ -414,7 +419,8 @@ def publish_directory(staging: Path, destination: Path, *, overwrite: bool = Fal
     the two change places (renameat2 with RENAME_EXCHANGE), so that the old folder is then at ``staging``. Systems
     without that call move the old one there by two renames, between which there is no destination.
     """
-    fsync_directory(staging)
+    for name in dict.fromkeys(os.path.dirname(name) for name in files_below(staging)):
+        fsync_directory(staging / name)
     replaced = overwrite and exists(destination)
     with _told("publish", destination):
         _swap(staging, destination) if replaced else _rename(staging, destination)
@@ -440,6 +446,23 @@ def _rename(source: Path, destination: Path) -> None:
         raise
 
 
+def publish_file(staging: Path, destination: Path) -> None:
+    """Give a finished and synced file its name, never over another; then sync the parent. See above."""
+    with _told("publish", destination):
+        try:
+            if not _rename_noreplace(staging, destination):
+                _rename_if_free(staging, destination)
+        except FileExistsError as error:
+            raise InputRejected(f"{shown(destination)} exists already") from error
+    fsync_directory(destination.absolute().parent)
+
+
+def _rename_if_free(source: Path, destination: Path) -> None:
+    if os.path.lexists(destination):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+    os.rename(source, destination)
+
+
 def _swap(one: Path, other: Path) -> None:
     """Two folders change places."""
     if _exchange(one, other):
@@ -454,15 +477,24 @@ def _swap(one: Path, other: Path) -> None:
     os.rename(aside, one)
 
 
+def _rename_noreplace(source: Path, destination: Path) -> bool:
+    """renameat2(RENAME_NOREPLACE); False where the system or file system does not have it."""
+    return _renameat2(source, destination, 1)
+
+
 def _exchange(one: Path, other: Path) -> bool:
     """renameat2(RENAME_EXCHANGE); False where the system or file system does not have it."""
+    return _renameat2(one, other, 2)
+
+
+def _renameat2(one: Path, other: Path, flags: int) -> bool:
     import ctypes
 
     call = _libc_function("renameat2", "int", "char_p", "int", "char_p", "uint")
     if call is None:
         return False
     here = -100  # AT_FDCWD
-    if call(here, os.fsencode(one), here, os.fsencode(other), 2) == 0:
+    if call(here, os.fsencode(one), here, os.fsencode(other), flags) == 0:
         return True
     code = ctypes.get_errno()
     if code in (errno.ENOSYS, errno.EINVAL):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from math import hypot
 from pathlib import Path
@@ -17,17 +16,18 @@ from ..engine.execute import usable_cores
 from ..engine.progress import Progress, Silent
 from ..engine.publish import check_destination
 from ..engine.spool import Spool
-from ..errors import InputRejected, UsageError, show
-from ..kernels.blas import one_thread
+from ..errors import InputRejected
 from ..kernels.dtypes import rounded
 from ..kernels.program import Operand
 from ..recipe import parse_size
 from .lowrank import Array, Limits, factors, low_rank, residual
 from .modules import Module
-from .options import Options
+from .options import Form, Options
 from .pair import Pair
-from .peft import CONFIG, config, factor_names, key
-from .report import Extraction, ModuleReport, notices, readme
+from .peft import CONFIG, config, factor_names, key, short, task_of, tucker_config
+from .pool import for_each
+from .report import AdapterArtifact, ModuleReport, notices, readme
+from .tucker import of_matrix, tucker
 
 
 @dataclass
@@ -43,9 +43,9 @@ def extract_lora(
     base: Source, model: Source, out: str | Path, *, rank: int = 128, error: float | None = None,
     sv_epsilon: float = 0.0, distribute_scale: bool = True, embeddings: bool = False,
     save_modules: Sequence[str] = (), include: Sequence[str] = (), exclude: Sequence[str] = (),
-    skip_undecomposable: bool = False, factor_dtype: str = "float32", threads: int | None = None,
-    memory: str | int = "4GiB", progress: Progress | None = None,
-) -> Extraction:  # fmt: skip
+    skip_undecomposable: bool = False, factor_dtype: str = "float32", form: Form = "lora",
+    threads: int | None = None, memory: str | int = "4GiB", progress: Progress | None = None,
+) -> AdapterArtifact:  # fmt: skip
     """Publish the PEFT adapter that leads from ``base`` to ``model`` as the new folder ``out``.
 
     Each matrix of the difference is replaced by its best approximation of low rank. What has no such form
@@ -64,6 +64,8 @@ def extract_lora(
         the base, and ``exclude`` wins.
     skip_undecomposable: leave out what cannot be decomposed instead of storing it whole.
     factor_dtype: of the factors ("float32", "bfloat16", ...).
+    form: "lora", or "flora" for Tucker adapters (Si et al., 2024): a convolution keeps its axes, each of which has
+        at most ``rank`` directions of its own.
     threads, memory: as many matrices at once as there are threads, as far as the memory allows.
 
     Raises UsageError, InputRejected or OperationFailed; then ``out`` does not exist.
@@ -71,7 +73,7 @@ def extract_lora(
     out = Path(out)
     options = Options(
         Limits(rank, error, sv_epsilon), distribute_scale, embeddings, tuple(save_modules), tuple(include),
-        tuple(exclude), skip_undecomposable, factor_dtype,
+        tuple(exclude), skip_undecomposable, factor_dtype, form,
     )  # fmt: skip
     work = Work("extract_lora", asdict(options), [open_model(base, "base"), open_model(model, "model")])
     try:
@@ -93,24 +95,10 @@ class _Extractor:
 
     def run(self, threads: int, memory: int, progress: Progress) -> list[Part]:
         """The parts of all modules, in the order of their names, many at once."""
-        modules = self._pair.modules
-        needs = {module.name: self._memory(module) for module in modules}
-        largest = max(needs, key=needs.__getitem__)
-        most = needs[largest]
-        if most > memory:
-            raise UsageError(f"memory must be at least {-(-most >> 20)}MiB, for module {show(largest)}")
-        progress.start(sum(map(self._pair.nbytes, modules)), "decomposing")
-
-        def make(module: Module) -> Part:
-            part = self._part(module)
-            progress.advance(self._pair.nbytes(module))
-            return part
-
-        try:
-            with one_thread(), ThreadPoolExecutor(min(threads, memory // most), "smelt") as pool:
-                return list(pool.map(make, modules))
-        finally:
-            progress.finish()
+        return for_each(
+            self._pair.modules, self._part, needs=self._memory, nbytes=self._pair.nbytes,
+            threads=threads, memory=memory, progress=progress, label="decomposing",
+        )  # fmt: skip
 
     def _memory(self, module: Module) -> int:
         """Both tensors; the Gram matrix, its eigenvectors and their workspace; strips; the factors in fp64."""
@@ -118,6 +106,8 @@ class _Extractor:
         if self._options.fate(module, self._pair.resized(module))[0] != "low rank":
             return nbytes + 1
         short, long = sorted(self._pair.shape(module))
+        if self._options.form == "flora" and module.kind == "convolution":
+            return nbytes + 8 * (4 * short * long + 4 * short * short)
         return nbytes + 8 * (4 * short * short + 3 * 2048 * short + 4 * min(self._options.limits.rank, short) * long)
 
     # --- one module -------------------------------------------------------------------------------------
@@ -139,21 +129,44 @@ class _Extractor:
         return Part(module, ModuleReport(module.name, "whole", 0, norm, 0.0, why=why), dict(tensors))
 
     def _decomposed(self, module: Module) -> Part:
+        bias = self._pair.offset(module.tensors["bias"]) if "bias" in module.tensors else np.zeros(0)
+        if self._options.form == "flora":
+            return self._with_core(module, float(np.linalg.norm(bias)))
         difference, options = self._pair.difference(module), self._options
         found = low_rank(difference, options.limits)
-        bias = self._pair.offset(module.tensors["bias"]) if "bias" in module.tensors else np.zeros(0)
         shift = float(np.linalg.norm(bias))
         norm = hypot(found.norm, shift)
         if not found.rank:
             return self._whole(module, norm, "its bias differs") if shift else _left_out(module, norm, _why(norm))
         swapped = module.transposed or module.kind == "embedding"
         b, a = factors(found.transposed if swapped else found, options.distribute_scale, options.dtype)
-        tensors: dict[str, Operand] = dict(zip(factor_names(module), self._spooled(module, a, b), strict=True))
+        names = factor_names(module.name, module.kind == "embedding")
+        tensors: dict[str, Operand] = dict(zip(names, self._spooled(module, a, b), strict=True))
         if shift:
             tensors[key(module.name, "lora_B.bias")] = self._spool.put(rounded(bias, options.dtype))
         error = residual(difference, *((a.T, b.T) if swapped else (b, a)))
         above = int((found.spectrum > difference.rounding()).sum())
         return Part(module, ModuleReport(module.name, "low rank", found.rank, norm, error, above), tensors)
+
+    def _with_core(self, module: Module, shift: float) -> Part:
+        """A Tucker form, which has no place for biases."""
+        array = self._pair.array(module)
+        norm = float(np.linalg.norm(array))
+        if shift:
+            return self._whole(module, hypot(norm, shift), "its bias differs")
+        limits = self._options.limits
+        found = tucker(array, limits) if array.ndim > 2 else of_matrix(low_rank(self._pair.difference(module), limits))
+        if not min(found.ranks):
+            return _left_out(module, norm, _why(norm))
+        stored = found.rounded(self._options.dtype)
+        report = ModuleReport(
+            module.name, "low rank", max(stored.ranks), norm, float(np.linalg.norm(array - stored.array()))
+        )
+        # FLoRA counts the inputs first.
+        order = range(array.ndim) if module.transposed else (1, 0, *range(2, array.ndim))
+        parts = {f"param_{place}": stored.factors[axis] for place, axis in enumerate(order)}
+        parts["param_G"] = stored.core.transpose(*order)
+        return Part(module, report, {key(module.name, name): self._spool.put(part) for name, part in parts.items()})
 
     def _spooled(self, module: Module, a: Array, b: Array) -> tuple[Operand, Operand]:
         """Both factors, in the shapes that PEFT gives them: those of a convolution are convolutions."""
@@ -164,7 +177,9 @@ class _Extractor:
 
     # --- the adapter ------------------------------------------------------------------------------------
 
-    def publish(self, out: Path, parts: Sequence[Part], threads: int | None, progress: Progress | None) -> Extraction:
+    def publish(
+        self, out: Path, parts: Sequence[Part], threads: int | None, progress: Progress | None
+    ) -> AdapterArtifact:
         """Everything that has a part, in one file, with PEFT's description of it."""
         reports = [part.report for part in parts]
         tensors = {name: operand for part in parts for name, operand in part.tensors.items()}
@@ -176,7 +191,7 @@ class _Extractor:
         shard = plan_file(ADAPTER, [TensorInfo(name, o.dtype, o.shape) for name, o in sorted(tensors.items())])
         files = {CONFIG: self._config(parts), "README.md": readme(out.name, self._base_name, reports).encode()}
         done = publish(out, self._work, tensors, files, shards=[shard], threads=threads, progress=progress)
-        return Extraction(**vars(done), modules=reports)
+        return AdapterArtifact(**vars(done), modules=reports)
 
     @property
     def _base_name(self) -> str:
@@ -184,14 +199,18 @@ class _Extractor:
 
     def _config(self, parts: Sequence[Part]) -> bytes:
         ranks = {part.module.name: part.report.rank for part in parts if part.report.stored == "low rank"}
+        whole = short([part.module.name for part in parts if part.report.stored == "whole"], self._pair.modules)
         architectures = self._pair.model.checkpoint.config.get("architectures") or [None]
+        if self._options.form == "flora":
+            return tucker_config(max(ranks.values(), default=1), whole=whole, base=self._base_name)
+        modules, parameters = self._pair.modules, [name for part in parts for name in part.tensors]
         return config(
             ranks,
-            [part.module.name for part in parts if part.report.stored == "whole"],
-            self._pair.modules,
+            targets=short(ranks, modules),
+            whole=whole,
             base=self._base_name,
-            bias=any(name.endswith("lora_B.bias") for part in parts for name in part.tensors),
-            architecture=architectures[0],
+            bias=any(name.endswith("lora_B.bias") for name in parameters),
+            task=task_of(architectures[0]),
             transposed=any(part.module.transposed for part in parts if part.report.rank),
         )
 

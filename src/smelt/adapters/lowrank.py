@@ -113,17 +113,22 @@ def low_rank(difference: Difference, limits: Limits) -> LowRank:
         gram += strip.T @ strip
     values, vectors = np.linalg.eigh(gram)
     squares = np.maximum(values[::-1], 0.0)
-    basis = vectors[:, ::-1][:, : _rank(squares, difference, limits)]
-    basis = basis * np.where(basis[np.abs(basis).argmax(axis=0), np.arange(basis.shape[1])] < 0, -1.0, 1.0)
+    lost = float(squares[0]) * np.finfo(np.float64).eps * max(difference.shape)
+    basis = vectors[:, ::-1][:, : rank_within(limits, squares, lost)]
+    basis = basis * signs(basis)
     projected = np.concatenate([strip @ basis for _, strip in difference.strips()])
     sigma = np.sqrt((projected * projected).sum(axis=0))
     found = LowRank(projected / sigma, sigma, basis.T, sqrt(float(np.trace(gram))), np.sqrt(squares))
     return found if difference.tall else found.transposed
 
 
-def _rank(squares: Matrix, difference: Difference, limits: Limits) -> int:
-    """How many directions, from the squares of all singular values."""
-    lost = float(squares[0]) * np.finfo(np.float64).eps * max(difference.shape)
+def signs(basis: Matrix) -> Matrix:
+    """1 or -1 for each column (k,): times it, the component that is largest in magnitude is positive."""
+    return np.where(basis[np.abs(basis).argmax(axis=0), np.arange(basis.shape[1])] < 0, -1.0, 1.0)
+
+
+def rank_within(limits: Limits, squares: Matrix, lost: float) -> int:
+    """How many directions, from the squares of all singular values; up to ``lost`` they are rounding."""
     count = int(((squares > lost) & (np.sqrt(squares) > limits.sv_epsilon)).sum())
     if limits.error is not None:
         left_out = np.append(np.cumsum(squares[::-1])[::-1], 0.0)  # squared norm beyond rank 0, 1, ...

@@ -13,6 +13,7 @@ from .lowrank import Limits
 from .modules import Module
 
 Fate = Literal["low rank", "whole", "nothing"]
+Form = Literal["lora", "flora"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Options:
     exclude: tuple[str, ...]
     skip_undecomposable: bool
     factor_dtype: str
+    form: Form = "lora"
 
     def __post_init__(self) -> None:
         UsageError.gather(self._problems())
@@ -46,6 +48,10 @@ class Options:
             yield f"sv_epsilon must be 0 or more, not {limits.sv_epsilon}"
         if self.factor_dtype not in NAMES:
             yield f"factor_dtype must be float32, bfloat16, float16 or float64, not {show(self.factor_dtype)}"
+        if self.form not in ("lora", "flora"):
+            yield f"form must be lora or flora, not {show(self.form)}"
+        if self.form == "flora" and (limits.sv_epsilon or not self.distribute_scale):
+            yield "sv_epsilon and distribute_scale have no effect with form: flora, whose core holds the values"
         yield from (problem for pattern in (*self.include, *self.exclude) for problem in _pattern_problem(pattern))
 
     def fate(self, module: Module, resized: bool) -> tuple[Fate, str]:

@@ -10,12 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..engine.artefact import Work
-from ..engine.device import nonfinite
-from ..engine.inputs import Input
-from ..engine.whole import read_whole
-from ..errors import InputRejected, OperationFailed, show
+from ..errors import InputRejected, show
 from .lowrank import Difference, Shape, subtracted
 from .modules import Module, modules_of
+from .values import finite_values
 
 Array = npt.NDArray[Any]
 
@@ -67,6 +65,10 @@ class Pair:
         """Of the weights as matrices."""
         return Difference(*(values.reshape(self.shape(module)) for values in self._read(module.tensors["weight"])))
 
+    def array(self, module: Module) -> npt.NDArray[np.float64]:
+        """``model - base`` of the weight, with all its axes."""
+        return subtracted(*self._read(module.tensors["weight"]))
+
     def offset(self, name: str) -> npt.NDArray[np.float64]:
         """``model - base`` of a small tensor."""
         return subtracted(*self._read(name))
@@ -84,10 +86,4 @@ class Pair:
         return sum(float((subtracted(model[part], base[part]) ** 2).sum()) for part in parts)
 
     def _read(self, name: str) -> tuple[Array, Array]:
-        return self._values(self.model, name), self._values(self.base, str(self._twin(name)))
-
-    def _values(self, item: Input, name: str) -> Array:
-        values = read_whole(self._work.operand(item, name))
-        if nonfinite(values, item.checkpoint.tensors[name].dtype).any():
-            raise OperationFailed(f"{item.label}: tensor {show(name)} holds NaN or Inf")
-        return values
+        return finite_values(self._work, self.model, name), finite_values(self._work, self.base, str(self._twin(name)))

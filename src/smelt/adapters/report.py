@@ -1,4 +1,4 @@
-"""What an extraction gives back: the artefact, and how well each module is reproduced."""
+"""What making an adapter gives back: the artefact, and how well each module is reproduced."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from math import sqrt
 from typing import Any, Literal
 
 from ..engine import Artifact
+from ..engine.card import hub_id
 from ..errors import show
 
-Stored = Literal["low rank", "whole", "nothing"]
+Stored = Literal["low rank", "entries", "signs", "whole", "nothing"]
 
 #: A relative error that users must hear of, and how many names a notice lists.
 _MUCH, _SHOWN = 0.3, 4
@@ -22,9 +23,10 @@ class ModuleReport:
 
     Attributes
     ----------
-    stored: "low rank", "whole", or "nothing" where it is left out; ``why`` says why.
+    stored: "low rank", "whole", or "nothing" where it is left out; ``why`` says why. Of a tensor in a delta pack also
+        "entries" or "signs".
     rank: of its factors.
-    norm: Frobenius norm of the weights' difference; NaN where it was not looked at.
+    norm: Frobenius norm of the change that was wanted of the weights; NaN where it was not looked at.
     error: norm of what the adapter does not reproduce, measured with the factors as they are stored.
     above_rounding: how many singular values exceed what rounding the weights to their dtype makes.
     """
@@ -44,14 +46,14 @@ class ModuleReport:
 
 
 @dataclass
-class Extraction(Artifact):
-    """What :func:`smelt.extract_lora` published; ``modules`` in the order of their names."""
+class AdapterArtifact(Artifact):
+    """An adapter that was published; ``modules`` in the order of their names."""
 
     modules: list[ModuleReport] = field(default_factory=list)
 
     @property
     def error(self) -> float:
-        """The relative error over all modules together; 0 is a perfect copy of the fine-tune."""
+        """The relative error over all modules together; 0 where nothing of what was asked for is lost."""
         return total_error(self.modules)
 
     def as_dict(self) -> dict[str, Any]:
@@ -89,15 +91,46 @@ def _listed(names: Sequence[str]) -> str:
 
 def readme(title: str, base: str, modules: Sequence[ModuleReport]) -> str:
     """The card: what the adapter is for, and the table of errors."""
+    lines = [
+        "---", "library_name: peft", "tags:", "- lora", "- smelt", "---", "", f"# {title}", "",
+        f"A low-rank adapter for `{base}`, extracted from a fine-tune with smelt. Relative error over all modules: "
+        f"{total_error(modules):.2%}.", "", *_table(modules),
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def merge_card(
+    title: str, adapters: Sequence[str], weights: Sequence[float], base: str | None, how: str,
+    modules: Sequence[ModuleReport],
+) -> str:  # fmt: skip
+    """The card of merged adapters: what they were, how they were merged, and the table of errors."""
+    where = f" for `{base}`" if base else ""
+    found = hub_id(base) if base else None
+    lines = [
+        "---", "library_name: peft", *([f"base_model: {found}"] if found else []), "tags:", "- lora", "- merge",
+        "- smelt", "---", "", f"# {title}", "",
+        f"A low-rank adapter{where}, merged with smelt from others {how}. What it leaves out of that, over all "
+        f"modules: {total_error(modules):.2%}.", "", "| adapter | weight |", "| --- | --- |",
+        *(f"| `{name}` | {weight:g} |" for name, weight in zip(adapters, weights, strict=True)), "",
+        *_table(modules),
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def pack_card(title: str, base: str, form: str, tensors: Sequence[ModuleReport]) -> str:
+    """The card of a delta pack."""
+    lines = [
+        "---", "tags:", "- smelt", "---", "", f"# {title}", "",
+        f"What a fine-tune of `{base}` adds to it, packed ({form}) with smelt, which reads `base+pack` as a model. "
+        f"Relative error over all tensors: {total_error(tensors):.2%}.", "", *_table(tensors),
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _table(modules: Sequence[ModuleReport]) -> list[str]:
     rows = [
         f"| `{m.module}` | {m.stored} | {m.rank or ''} | {m.norm:.4g} | {m.relative_error:.2%} |"
         for m in modules
         if m.stored != "nothing"
     ]
-    lines = [
-        "---", "library_name: peft", "tags:", "- lora", "- smelt", "---", "", f"# {title}", "",
-        f"A low-rank adapter for `{base}`, extracted from a fine-tune with smelt. Relative error over all modules: "
-        f"{total_error(modules):.2%}.", "", "| module | stored | rank | norm of the difference | error |",
-        "| --- | --- | --- | --- | --- |", *rows, "",
-    ]  # fmt: skip
-    return "\n".join(lines)
+    return ["| module | stored | rank | norm of the change | error |", "| --- | --- | --- | --- | --- |", *rows, ""]

@@ -52,6 +52,25 @@ class TensorInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """Some of a checkpoint's tensors and how its files are called: a folder of its own, and the stem of its files.
+
+    They are the tensors whose names begin with ``prefix``, which the files leave out.
+    """
+
+    folder: str = ""
+    stem: str = "model"
+
+    @property
+    def prefix(self) -> str:
+        return f"{self.folder}." if self.folder else ""
+
+    def inside(self, name: str) -> str:
+        """The path of a file of this part, seen from the checkpoint's folder."""
+        return f"{self.folder}/{name}" if self.folder else name
+
+
+@dataclass(frozen=True, slots=True)
 class Factors:
     """A change of low rank to a tensor seen as a matrix (its first axis by the rest): ``scaling * left @ right``.
 
@@ -75,6 +94,8 @@ class Checkpoint(ABC, Mapping[str, npt.NDArray[Any]]):
     revision: the hub commit hash the label was resolved to, or None.
     metadata: the ``__metadata__`` strings of the file(s), merged.
     notices: what is worth a warning but no refusal.
+    parts: how weight files are called, folder by folder; most models are of one part.
+    beside: side files that a copy needs beyond the well-known ones.
     scratch: bytes of memory that reading takes beside what it fills, however many checkpoints do.
     """
 
@@ -83,6 +104,8 @@ class Checkpoint(ABC, Mapping[str, npt.NDArray[Any]]):
     config: Mapping[str, Any] = MappingProxyType({})
     metadata: Mapping[str, str] = MappingProxyType({})
     notices: Sequence[str] = ()
+    parts: Sequence[Part] = (Part(),)
+    beside: Sequence[str] = ()
     folder: Path | None = None
     revision: str | None = None
     scratch: int = 0
@@ -94,7 +117,7 @@ class Checkpoint(ABC, Mapping[str, npt.NDArray[Any]]):
 
     def strip(self) -> None:
         """Forget all but the tensors."""
-        self.folder, self.config = None, {}
+        self.folder, self.config, self.parts, self.beside = None, {}, (Part(),), ()
 
     @abstractmethod
     def read(self, name: str, start: int, out: npt.NDArray[Any]) -> None:

@@ -1,4 +1,4 @@
-"""A checkpoint in files: a Hugging Face style folder, or one safetensors file, on disk or elsewhere."""
+"""A checkpoint in files: a Hugging Face style folder, or one file, on disk or elsewhere."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import numpy.typing as npt
 from .. import storage
 from ..errors import InputRejected, show
 from ..storage import FileIdentity
-from .base import Checkpoint, TensorInfo
+from .base import Checkpoint, Part, TensorInfo
 from .place import LocalPlace, Place
 from .safetensors import MAX_TENSORS, SafetensorsFile
-from .selection import ADAPTER, NUMBERED, WeightMap, choose, read_index, refuse_other_formats
+from .selection import ADAPTER, NUMBERED, PICKLED, WeightMap, choose, read_index, refuse_other_formats, stem_of
 from .side import SideFiles
+from .state_dict import PickledFile
 
 #: A place, and the one file in it that is meant, or None.
 Target = tuple[Place, str | None]
@@ -25,34 +26,44 @@ Target = tuple[Place, str | None]
 _MOST_PROBLEMS = 20
 _MOST_NOTICES = 20
 
+#: Configs that belong to files of one stem alone; a folder may hold the same model for several libraries.
+_CONFIGS = {"open_clip_model": ("open_clip_config.json",)}
+
+_File = SafetensorsFile | PickledFile
+
 
 class FolderCheckpoint(Checkpoint):
-    """Safetensors files of one folder, opened once and read by position.
+    """Weight files of one folder, opened once and read by position.
 
-    ``source`` is a folder, an index in it, or one safetensors file, as a path or as a place and the name of a file
-    in it; with ``adapter`` the folder of an adapter.
+    ``source`` is a folder, an index in it, or one file, as a path or as a place and the name of a file in it; with
+    ``adapter`` the folder of an adapter. Pickled files are read with ``allow_pickle`` only, and only where there is
+    no safetensors file.
     Raises InputRejected when it is malformed or when it is not clear which files are meant, with everything
     that is wrong at once.
     """
 
     def __init__(
-        self, source: Path | Target, label: str | None = None, revision: str | None = None, *, adapter: bool = False
-    ) -> None:
+        self, source: Path | Target, label: str | None = None, revision: str | None = None, *, adapter: bool = False,
+        allow_pickle: bool = False,
+    ) -> None:  # fmt: skip
         self.label = str(source) if label is None else label
         self.revision = revision
-        self._files: dict[str, SafetensorsFile] = {}
+        self._files: dict[str, _File] = {}
         place, file = _target(source)
         try:
-            names, weight_map = ([ADAPTER], None) if adapter else _locate(place, file)
+            names, weight_map = ([ADAPTER], None) if adapter else _locate(place, file, allow_pickle)
             self._open(place, names)
             self.tensors: Mapping[str, TensorInfo] = _united(place, self._files, weight_map)
             self.config: Mapping[str, Any] = place.json("config.json")
         except BaseException:
             self.close()
             raise
+        self.parts = (Part(stem=stem_of(names[0])),)
+        self.beside = _CONFIGS.get(self.parts[0].stem, ())
         # A file among many has no side files of its own, unless its folder is plainly a model's.
-        self._beside = place if file != names[0] or self.config else None
-        self.folder = None if self._beside is None else place.folder
+        whole = file != names[0] or self.config or any(name in place.beside() for name in self.beside)
+        self._home = place if whole else None
+        self.folder = None if self._home is None else place.folder
         headers = [file.header for file in self._files.values()]
         self.metadata = {key: text for header in headers for key, text in header.metadata.items()}
         oddities = (notice for header in headers for notice in header.notices)
@@ -60,18 +71,18 @@ class FolderCheckpoint(Checkpoint):
 
     @property
     def side_files(self) -> Mapping[str, bytes]:
-        return SideFiles(self._beside)
+        return SideFiles(self._home)
 
     def strip(self) -> None:
         super().strip()
-        self._beside = None
+        self._home = None
 
     def _open(self, place: Place, names: Iterable[str]) -> None:
         problems: list[str] = []
         count = 0
         for name in names:
             try:
-                self._files[name] = file = SafetensorsFile(place.open(name))
+                self._files[name] = file = _opened(place, name)
                 count += len(file.header.tensors)
             except InputRejected as error:
                 problems += error.problems
@@ -105,12 +116,17 @@ def _target(source: Path | Target) -> Target:
     return (LocalPlace(source), None) if storage.is_folder(source) else (LocalPlace(source.parent), source.name)
 
 
-def _locate(place: Place, file: str | None) -> tuple[Sequence[str], WeightMap | None]:
+def _opened(place: Place, name: str) -> _File:
+    stored = place.open(name)
+    return PickledFile(stored) if name.endswith(PICKLED.endings) else SafetensorsFile(stored)
+
+
+def _locate(place: Place, file: str | None, pickled: bool) -> tuple[Sequence[str], WeightMap | None]:
     """The weight files, and the index's map where there is one."""
     if file is None:
-        return choose(place)
-    refuse_other_formats(place, file)
-    return read_index(place, file) if file.endswith(".index.json") else ([file], None)
+        return choose(place, pickled=pickled)
+    refuse_other_formats(place, file, pickled=pickled)
+    return read_index(place, file, pickled=pickled) if file.endswith(".index.json") else ([file], None)
 
 
 def _one_of_many(file: str) -> list[str]:
@@ -120,7 +136,7 @@ def _one_of_many(file: str) -> list[str]:
     return [f"{show(file)} is one of {int(number[3])} shards: the tensors of the others are not read"]
 
 
-def _united(place: Place, files: Mapping[str, SafetensorsFile], weight_map: WeightMap | None) -> dict[str, TensorInfo]:
+def _united(place: Place, files: Mapping[str, _File], weight_map: WeightMap | None) -> dict[str, TensorInfo]:
     """All tensors of all files by name, none twice, as the index lists them where there is one."""
     found: dict[str, TensorInfo] = {}
     twice = []

@@ -1,6 +1,6 @@
 """Hub repositories: owner/name at a revision, resolved once to a commit in the local cache.
 
-Only what a model needs is downloaded, and never pickled weights. With ``HF_HUB_OFFLINE`` or
+Only what a model needs is downloaded, and pickled weights only where they are asked for. With ``HF_HUB_OFFLINE`` or
 ``TRANSFORMERS_OFFLINE`` set, or where the hub cannot be reached, only the cache is consulted.
 """
 
@@ -15,8 +15,9 @@ from typing import Literal, TypeVar
 
 from .. import storage
 from ..errors import InputRejected, OperationFailed, SmeltError, show
+from .pipeline import INDICES
 from .place import present
-from .selection import ADAPTER, STEMS, is_weights, nothing_in
+from .selection import ADAPTER, PICKLED, kind_of, nothing_in
 
 _T = TypeVar("_T")
 
@@ -42,7 +43,7 @@ def switched_off() -> str | None:
     return next((name for name in switches if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")), None)
 
 
-def fetch(repository: str, revision: str | None, what: What = "model") -> tuple[Path, str]:
+def fetch(repository: str, revision: str | None, what: What = "model", *, pickled: bool = False) -> tuple[Path, str]:
     """The local snapshot of a repository, downloaded where allowed, and its commit.
 
     Raises InputRejected when repository or revision does not exist, when it holds no safetensors, when it is
@@ -51,10 +52,12 @@ def fetch(repository: str, revision: str | None, what: What = "model") -> tuple[
     """
     where = _named(repository, revision)
     local = bool(switched_off())
+
+    def choose(names: Sequence[str]) -> list[str]:
+        return chosen(names, where, what, pickled)
+
     snapshot = Path(
-        _asked(
-            where, lambda: _cached(repository, revision) if local else _downloaded(repository, revision, where, what)
-        )
+        _asked(where, lambda: _cached(repository, revision) if local else _downloaded(repository, revision, choose))
     )
     for name in storage.listdir(snapshot):
         present(snapshot / name)
@@ -118,7 +121,7 @@ def _cached(repository: str, revision: str | None) -> str:
     return found
 
 
-def _downloaded(repository: str, revision: str | None, where: str, what: What) -> str:
+def _downloaded(repository: str, revision: str | None, choose: Callable[[Sequence[str]], list[str]]) -> str:
     from huggingface_hub import HfApi, errors, snapshot_download
 
     try:
@@ -127,31 +130,49 @@ def _downloaded(repository: str, revision: str | None, where: str, what: What) -
         raise
     except Exception:  # no connection, in the words of whatever HTTP client is used
         return _cached(repository, revision)
-    patterns = [glob.escape(name) for name in chosen(names, where, what)]
+    patterns = [glob.escape(name) for name in choose(names)]
     found: str = snapshot_download(repository, revision=revision, allow_patterns=patterns)
     return found
 
 
-def chosen(names: Sequence[str], where: str, what: What) -> list[str]:
+def chosen(names: Sequence[str], where: str, what: What, pickled: bool = False) -> list[str]:
     """Which files of a repository to download. InputRejected when there is not what is wanted."""
     if what != "adapter":
-        return wanted(names, where) if what == "model" else side_files(names)
+        return wanted(names, where, pickled=pickled) if what == "model" else side_files(names)
     if not set(_ADAPTER_FILES) <= set(names):
         raise InputRejected(f"{where} holds no {' and '.join(_ADAPTER_FILES)}: it is no adapter")
     return list(_ADAPTER_FILES)
 
 
-def wanted(names: Sequence[str], where: str) -> list[str]:
+def wanted(names: Sequence[str], where: str, *, pickled: bool = False) -> list[str]:
     """The files of a repository to download: side files and one set of weights, of its top folder only.
 
-    Raises InputRejected when there are no safetensors weights among them.
+    Of a pipeline also those of the folders below. Raises InputRejected when there are no weights that may be read.
     """
-    top = [name for name in names if "/" not in name]
-    weights = [name for name in top if is_weights(name)]
-    if not weights:
-        raise nothing_in(where, top)
-    named = next((found for stem in STEMS if (found := [n for n in weights if n.startswith(stem)])), weights)
-    return sorted({*named, *side_files(top)})
+    folders: dict[str, list[str]] = {"": []}
+    for folder, _, name in (name.rpartition("/") for name in names):
+        folders.setdefault(folder, []).append(name)
+    top = folders[""]
+    if not any(index in top for index in INDICES):
+        folders = {"": top}
+    found = {folder: _weights_of(inside, pickled) for folder, inside in folders.items() if "/" not in folder}
+    for folder, inside in folders.items():
+        if not any(found.values()) or (not found.get(folder, True) and _needs_weights(inside)):
+            raise nothing_in(f"{where}{f', {show(folder)},' if folder else ''}", inside)
+    chosen = {folder: {*weights, *side_files(folders[folder])} for folder, weights in found.items()}
+    return sorted(f"{folder}/{name}".lstrip("/") for folder, named in chosen.items() for name in named)
+
+
+def _needs_weights(names: Sequence[str]) -> bool:
+    """Whether a folder is a model's whose weights are all pickled."""
+    return "config.json" in names and any(map(PICKLED.has, names))
+
+
+def _weights_of(names: Sequence[str], pickled: bool) -> list[str]:
+    """One set of weights of one folder."""
+    kind = kind_of(names, pickled)
+    weights = [name for name in names if kind.has(name)]
+    return next((found for stem in kind.stems if (found := [n for n in weights if n.startswith(stem)])), weights)
 
 
 def side_files(names: Sequence[str]) -> list[str]:

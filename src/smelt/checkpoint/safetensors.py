@@ -41,7 +41,7 @@ _IMPOSTORS = (
     (b"<html", "is an HTML page, not weights: the download failed, repeat it"),
     (b"<?xml", "is an XML page, not weights: the download failed, repeat it"),
     (b"pk\x03\x04", "is a zip archive, probably pickled PyTorch weights: convert it to safetensors first"),
-    (b"gguf", "is GGUF, which this version does not read"),
+    (b"gguf", "is GGUF: name it .gguf"),
 )
 
 

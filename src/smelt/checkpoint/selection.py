@@ -1,14 +1,17 @@
 """Which files of a folder are its weights. Where that is not clear, nothing is guessed.
 
-In order: an index, one file of a well-known name, a complete numbered set, the only safetensors file.
+In order: an index, one file of a well-known name, a complete numbered set, the only file of weights. Pickled
+files count where they may be read and there is no safetensors file.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from .. import storage
 from ..errors import InputRejected, show
 from .documents import brief
 from .place import Place
@@ -18,11 +21,9 @@ STEMS = ("model", "diffusion_pytorch_model", "open_clip_model")
 
 MAX_SHARDS = 10_000
 
-#: A shard's name: stem, number, total.
-NUMBERED = re.compile(r"(.+)-(\d{1,6})-of-(\d{1,6})\.safetensors", re.ASCII)
+#: A shard's name: stem, number, total, ending.
+NUMBERED = re.compile(r"(.+)-(\d{1,6})-of-(\d{1,6})(\.safetensors|\.bin)", re.ASCII)
 
-_INDEX = ".safetensors.index.json"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _ADAPTER = "adapter_model."
 
 #: The weights of an adapter, which are no model's.
@@ -31,11 +32,46 @@ ADAPTER = "adapter_model.safetensors"
 #: What diffusers calls the adapter of a pipeline.
 DIFFUSERS_ADAPTER = "pytorch_lora_weights.safetensors"
 
+#: Pickled files that lie beside weights and are none.
+_BESIDE = (_ADAPTER, "training_args.", "optimizer.", "scheduler.", "scaler.", "rng_state")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A format of weight files: how their names end, and how they and their index are called."""
+
+    endings: tuple[str, ...]
+    stems: tuple[str, ...]
+    index: str
+
+    def has(self, name: str) -> bool:
+        """Whether a file is named as weights of a model."""
+        return name.endswith(self.endings) and not name.startswith(_BESIDE)
+
+    def single(self, names: Iterable[str]) -> str | None:
+        """The file of a well-known name among ``names``."""
+        known = (f"{stem}{ending}" for stem in self.stems for ending in self.endings)
+        return next((name for name in known if name in names), None)
+
+
+SAFETENSORS = Kind((".safetensors",), STEMS, ".safetensors.index.json")
+PICKLED = Kind(
+    (".bin", ".pt", ".pth", ".ckpt"),
+    ("pytorch_model", "diffusion_pytorch_model", "open_clip_pytorch_model"),
+    ".bin.index.json",
+)
+
 PICKLE_ADVICE = (
-    "is pickled, and reading it can run code: convert it to safetensors first, with save_pretrained of a current "
-    "transformers where you trust it"
+    "is pickled: --allow-pickle reads its tensors without running what is in it, and smelt convert makes safetensors "
+    "of it"
 )
 ADAPTER_ADVICE = "is an adapter, not a model: name the base that it belongs to as base+adapter"
+
+#: What the files of a copy are called, by how those of the original are: a pickle's copy is none.
+_STEMS = {stem: stem for stem in STEMS} | dict(zip(PICKLED.stems, STEMS, strict=True))
+
+#: What comes after the stem: a number, a variant such as fp16, an ending.
+_AFTER_STEM = re.compile(r"[-.].*", re.ASCII)
 
 WeightMap = Mapping[str, str]
 
@@ -44,17 +80,19 @@ class AdapterGiven(InputRejected):
     """What was to be a model is an adapter."""
 
 
-def choose(place: Place) -> tuple[list[str], WeightMap | None]:
+def choose(place: Place, *, pickled: bool = False) -> tuple[list[str], WeightMap | None]:
     """The names of the weight files, and the index's map from tensor to file where there is one.
 
-    Raises InputRejected when there are none, when it is not clear which are meant, or when some are missing.
+    ``pickled``: whether pickled files may be chosen. Raises InputRejected when there are none, when it is not
+    clear which are meant, or when some are missing.
     """
     names = place.names()
-    weights = [name for name in names if is_weights(name)]
-    indices = _indices(names)
-    single = next((f"{stem}.safetensors" for stem in STEMS if f"{stem}.safetensors" in weights), None)
+    kind = kind_of(names, pickled)
+    weights = [name for name in names if kind.has(name)]
+    indices = _indices(names, kind)
+    single = kind.single(weights)
     if indices:
-        return _from_index(place, indices, single)
+        return _from_index(place, indices, single, pickled)
     if not weights:
         raise nothing_in(place.shown(), names)
     numbered = [match for name in weights if (match := NUMBERED.fullmatch(name))]
@@ -67,14 +105,20 @@ def choose(place: Place) -> tuple[list[str], WeightMap | None]:
     return weights, None
 
 
-def is_weights(name: str) -> bool:
-    """Whether a file is named as weights of a model."""
-    return name.endswith(".safetensors") and not name.startswith(_ADAPTER)
+def stem_of(name: str) -> str:
+    """What the files of a copy of these weights are called: as a library looks for them, else as transformers does."""
+    return next((copy for stem, copy in _STEMS.items() if _AFTER_STEM.fullmatch(name.removeprefix(stem))), STEMS[0])
 
 
-def _indices(names: Iterable[str]) -> list[str]:
-    found = [name for name in names if name.endswith(_INDEX)]
-    known = [f"{stem}{_INDEX}" for stem in STEMS if f"{stem}{_INDEX}" in found]
+def kind_of(names: Sequence[str], pickled: bool) -> Kind:
+    """Safetensors wherever there are any."""
+    plain = any(SAFETENSORS.has(name) or name.endswith(SAFETENSORS.index) for name in names)
+    return PICKLED if pickled and not plain else SAFETENSORS
+
+
+def _indices(names: Iterable[str], kind: Kind) -> list[str]:
+    found = [name for name in names if name.endswith(kind.index)]
+    known = [f"{stem}{kind.index}" for stem in kind.stems if f"{stem}{kind.index}" in found]
     return known or found
 
 
@@ -95,13 +139,13 @@ def nothing_in(where: str, names: Sequence[str]) -> InputRejected:
 
 
 def _what_else(names: Sequence[str]) -> str:
-    pickles = [name for name in names if name.endswith(_PICKLES)]
+    pickles = [name for name in names if PICKLED.has(name)]
     if pickles:
         return f"holds no safetensors file; {show(pickles[0])} {PICKLE_ADVICE}"
     if any(name.endswith(".gguf") for name in names):
-        return "holds GGUF, which this version does not read"
+        return "holds GGUF: give the path of the file that is meant"
     if "model_index.json" in names:
-        return "is a diffusers pipeline: give one of its parts, such as the folder unet or transformer in it"
+        return "is a diffusers pipeline: give one of its parts here, such as the folder unet or transformer in it"
     if any(name.endswith(".incomplete") for name in names):
         return "holds an unfinished download: finish it"
     return "holds no weights: expected model.safetensors, or shards with model.safetensors.index.json"
@@ -110,10 +154,10 @@ def _what_else(names: Sequence[str]) -> str:
 # --- with an index --------------------------------------------------------------------------------------
 
 
-def _from_index(place: Place, indices: Sequence[str], single: str | None) -> tuple[list[str], WeightMap]:
+def _from_index(place: Place, indices: Sequence[str], single: str | None, pickled: bool) -> tuple[list[str], WeightMap]:
     if len(indices) > 1:
         raise InputRejected(f"{place.shown()} holds {_several(indices)}: {_choice(place, indices[0])}")
-    files, weight_map = read_index(place, indices[0])
+    files, weight_map = read_index(place, indices[0], pickled=pickled)
     if single is not None and files != [single]:
         raise InputRejected(
             f"{place.shown()} holds {show(single)} and {show(indices[0])}, two models of which one is stale: "
@@ -122,7 +166,7 @@ def _from_index(place: Place, indices: Sequence[str], single: str | None) -> tup
     return files, weight_map
 
 
-def read_index(place: Place, name: str) -> tuple[list[str], WeightMap]:
+def read_index(place: Place, name: str, *, pickled: bool = False) -> tuple[list[str], WeightMap]:
     """The files that an index names, sorted, and its map from tensor to file. Raises InputRejected."""
     where = place.shown(name)
     weight_map = place.json(name).get("weight_map")
@@ -131,7 +175,7 @@ def read_index(place: Place, name: str) -> tuple[list[str], WeightMap]:
     problems = (
         f"{where}: weight_map sends {show(tensor)} to {brief(file)}, {problem}"
         for tensor, file in weight_map.items()
-        if (problem := _file_name_problem(file))
+        if (problem := _file_name_problem(file, pickled))
     )
     if (first := next(problems, None)) is not None:
         raise InputRejected(first)
@@ -142,15 +186,15 @@ def read_index(place: Place, name: str) -> tuple[list[str], WeightMap]:
     return files, weight_map
 
 
-def _file_name_problem(file: object) -> str | None:
-    """What makes it anything but the name of a safetensors file in the same folder."""
+def _file_name_problem(file: object, pickled: bool) -> str | None:
+    """What makes it anything but the name of a file of weights in the same folder."""
     if not isinstance(file, str):
         return "expected the name of a file"
     if not file.isprintable() or len(file) > 255 or any(mark in file for mark in "/\\:") or file.startswith("."):
         return "expected the plain name of a file in the same folder"
-    if not file.endswith(".safetensors"):
-        return f"which {PICKLE_ADVICE}" if file.endswith(_PICKLES) else "expected a .safetensors file"
-    return None
+    if file.endswith(PICKLED.endings):
+        return None if pickled else f"which {PICKLE_ADVICE}"
+    return None if file.endswith(SAFETENSORS.endings) else "expected a .safetensors file"
 
 
 # --- without one ----------------------------------------------------------------------------------------
@@ -158,16 +202,16 @@ def _file_name_problem(file: object) -> str | None:
 
 def _complete_set(place: Place, numbered: Sequence[re.Match[str]]) -> list[str]:
     """All files of one numbered set, none of which may be missing."""
-    sets = sorted({(match[1], match[3]) for match in numbered})
+    sets = sorted({(match[1], match[3], match[4]) for match in numbered})
     if len(sets) > 1:
-        kinds = _several([f"{stem}-...-of-{total}.safetensors" for stem, total in sets])
+        kinds = _several([f"{stem}-...-of-{total}{ending}" for stem, total, ending in sets])
         raise InputRejected(
             f"{place.shown()} holds shards of several sets ({kinds}) and no index: remove the stale ones"
         )
-    (stem, total), width = sets[0], len(numbered[0][2])
+    (stem, total, ending), width = sets[0], len(numbered[0][2])
     if not 0 < int(total) <= MAX_SHARDS:
         raise InputRejected(f"{place.shown()}: {show(numbered[0][0])} counts shards beyond {MAX_SHARDS}")
-    wanted = [f"{stem}-{number:0{width}d}-of-{total}.safetensors" for number in range(1, int(total) + 1)]
+    wanted = [f"{stem}-{number:0{width}d}-of-{total}{ending}" for number in range(1, int(total) + 1)]
     _refuse_missing(place, wanted)
     return wanted
 
@@ -183,12 +227,24 @@ def _refuse_missing(place: Place, files: Iterable[str]) -> None:
         )
 
 
-def refuse_other_formats(place: Place, name: str) -> None:
+def gguf_file(path: Path) -> Path | None:
+    """The GGUF file that is meant: ``path`` itself, or the only one of a folder that has no other weights."""
+    if not storage.is_folder(path):
+        return path if path.suffix == ".gguf" else None
+    names = storage.listdir(path)
+    found = [name for name in names if name.endswith(".gguf")]
+    if any(kind.has(name) or name.endswith(kind.index) for kind in (SAFETENSORS, PICKLED) for name in names):
+        return None
+    sets = {re.sub(r"-\d{5}-of-", "-of-", name) for name in found}
+    return path / found[0] if len(sets) == 1 else None
+
+
+def refuse_other_formats(place: Place, name: str, *, pickled: bool = False) -> None:
     """Say of a single file that it is an adapter, pickled or GGUF, where its name tells."""
     where = place.shown(name)
     if name.startswith(_ADAPTER):
         raise AdapterGiven(f"{where} {ADAPTER_ADVICE}")
-    if name.endswith(_PICKLES):
+    if name.endswith(PICKLED.endings) and not pickled:
         raise InputRejected(f"{where} {PICKLE_ADVICE}")
     if name.endswith(".gguf"):
-        raise InputRejected(f"{where} is GGUF, which this version does not read")
+        raise InputRejected(f"{where} is GGUF, which is read from this machine only: download it")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from .place import Place
 
@@ -10,11 +10,11 @@ _LARGEST_FILE = 1 << 30  # bytes
 
 
 class SideFiles(Mapping[str, bytes]):
-    """Name -> bytes; listed once, each read when it is asked for."""
+    """Name -> bytes; listed once, each read when it is asked for. ``more``: files in folders below."""
 
-    def __init__(self, place: Place | None) -> None:
+    def __init__(self, place: Place | None, more: Sequence[str] = ()) -> None:
         self._place = place
-        self._names = place.beside() if place is not None else []
+        self._names = [*place.beside(), *more] if place is not None else []
 
     def __getitem__(self, name: str) -> bytes:
         found = self._place.small(name, _LARGEST_FILE) if self._place is not None and name in self._names else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +14,44 @@ from . import hub
 from .adapter import AdaptedCheckpoint, Adapter, read_adapter, read_flat
 from .base import Checkpoint
 from .folder import FolderCheckpoint
+from .gguf import GgufCheckpoint
 from .memory import MemoryCheckpoint, of_module
+from .pipeline import PipelineCheckpoint, layout_of
 from .place import LocalPlace
+from .quantised import dequantised
 from .remote import RemoteCheckpoint, is_url, located
-from .selection import ADAPTER, DIFFUSERS_ADAPTER
+from .selection import ADAPTER, DIFFUSERS_ADAPTER, gguf_file
 from .side import SideFiles
 
 
 def load(
-    source: str | Path | Mapping[str, Any] | Any, *, revision: str | None = None, label: str | None = None
-) -> Checkpoint:
-    """Open a checkpoint lazily: a folder, one .safetensors file, a hub id, a URL, a dict of arrays, or a module.
+    source: str | Path | Mapping[str, Any] | Any, *, revision: str | None = None, label: str | None = None,
+    allow_pickle: bool = False, as_stored: bool = False,
+) -> Checkpoint:  # fmt: skip
+    """Open a checkpoint lazily: a folder, one file of weights, a hub id, a URL, a dict of arrays, or a module.
 
     ``base+adapter`` is the base with a PEFT adapter (a folder or hub id) applied; see also :func:`load_adapted`.
 
-    A ``torch.nn.Module`` stands for its ``state_dict()``, and for its ``config`` where it has one.
+    A ``torch.nn.Module`` stands for its ``state_dict()``, and for its ``config`` where it has one. Quantised
+    weights are shown as what they stand for, unless ``as_stored``.
 
     An existing path is a path, whatever it looks like; the hub is asked only about other names.
     ``owner/name@revision`` and ``revision=`` are the same. A URL (hf://, https://, s3://) is read by ranges, nothing
-    is downloaded whole. Raises InputRejected when it is not a checkpoint,
-    OperationFailed when reading or downloading it fails.
+    is downloaded whole. ``allow_pickle``: read pickled weights, too, where there are no others (but not behind URLs):
+    their tensors alone, and nothing in them is run. Raises InputRejected when it is not a checkpoint, OperationFailed
+    when reading or downloading it fails.
     """
+    opened = _opened(source, revision, label, allow_pickle)
+    if as_stored or opened is source:
+        return opened
+    try:
+        return dequantised(opened)
+    except BaseException:
+        opened.close()
+        raise
+
+
+def _opened(source: Any, revision: str | None, label: str | None, allow_pickle: bool) -> Checkpoint:
     if isinstance(source, Checkpoint):
         return source
     if isinstance(source, Mapping):
@@ -45,16 +63,37 @@ def load(
         return RemoteCheckpoint(text, revision, label)
     path = _path(text)
     if storage.exists(path):
-        return FolderCheckpoint(_without_revision(path, revision), label or text)
+        return _on_disk(_without_revision(path, revision), label or text, None, allow_pickle)
     name, _, named = text.partition("@")
     if named and storage.exists(_path(name)):
-        return FolderCheckpoint(_without_revision(_path(name), named), label or text)
+        return _on_disk(_without_revision(_path(name), named), label or text, None, allow_pickle)
     base, plus, adapter = text.partition("+")
     if plus and base and adapter and not isinstance(source, Path):
-        return load_adapted(load(base, revision=revision), [(open_adapter(adapter), 1.0)], label or text)
+        return load_adapted(
+            load(base, revision=revision, allow_pickle=allow_pickle), [(open_adapter(adapter), 1.0)], label or text
+        )
     if isinstance(source, Path) or not hub.is_id(name):
         raise InputRejected(f"{show(text, 1000)}: no such file or folder{_near(path)}")
-    return _from_hub(name, revision or named or None, label or text, path)
+    return _from_hub(name, revision or named or None, label or text, path, allow_pickle)
+
+
+def _on_disk(path: Path, label: str, commit: str | None, allow_pickle: bool) -> Checkpoint:
+    """A file, a folder, or a folder of several models."""
+    gguf = gguf_file(path)
+    if gguf is not None:
+        return GgufCheckpoint(gguf, label)
+    layout = layout_of(path) if storage.is_folder(path) else None
+    if layout is None:
+        return FolderCheckpoint(path, label, commit, allow_pickle=allow_pickle)
+    with ExitStack() as stack:
+        opened = {
+            folder: stack.enter_context(FolderCheckpoint(path / folder, None, commit, allow_pickle=allow_pickle))
+            for folder in layout.weighted
+        }
+        made = PipelineCheckpoint(path, layout, opened, label)
+        made.revision = commit
+        stack.pop_all()
+    return made
 
 
 def load_adapted(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], label: str) -> Checkpoint:
@@ -137,12 +176,12 @@ def _without_revision(path: Path, revision: str | None) -> Path:
     return path
 
 
-def _from_hub(name: str, revision: str | None, label: str, path: Path) -> Checkpoint:
+def _from_hub(name: str, revision: str | None, label: str, path: Path, allow_pickle: bool) -> Checkpoint:
     try:
-        folder, commit = hub.fetch(name, revision)
+        folder, commit = hub.fetch(name, revision, pickled=allow_pickle)
     except InputRejected as error:
         raise type(error)(f"{error}{_near(path)}") from error
-    return FolderCheckpoint(folder, label, commit)
+    return _on_disk(folder, label, commit, allow_pickle)
 
 
 def _near(path: Path) -> str:

@@ -7,44 +7,76 @@ nothing, and any other name is refused. Tensors stay on the disk; they are read 
 
 from __future__ import annotations
 
-import pickle
 import struct
-import weakref
-import zipfile
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from .. import storage
-from ..errors import InputRejected, OperationFailed, show
+from ..errors import InputRejected, show
 from ..kernels.dtypes import DTYPES
+from .archive import Record, records_of
+from .pickles import Inert, Known, Unpickler
+from .stored import LocalFile, Stored
 
 #: Bytes of a pickle: names and shapes of a hundred thousand tensors stay far below.
 MAX_PICKLE = 256 << 20
 
+_MAX_RANK = 16
+
 _STORAGES = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
     "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
-    "BoolStorage": "BOOL",
+    "BoolStorage": "BOOL", "ComplexFloatStorage": "C64", "UntypedStorage": "U8",
 }  # fmt: skip
 
+#: torch's names of dtypes, where a tensor states its own.
+_TYPES = {row.value_type: row.code for row in DTYPES.values() if row.bits >= 8}
+
 #: Packages whose objects are left aside.
-_LEFT_ASIDE = {"torch", "deepspeed", "numpy", "argparse", "transformers", "accelerate"}
+_LEFT_ASIDE = {
+    "torch", "deepspeed", "numpy", "argparse", "transformers", "accelerate", "pytorch_lightning", "lightning",
+    "omegaconf", "_codecs",
+}  # fmt: skip
+
+#: How a program of torch.jit, which is saved as a zip of the same kind, gives itself away.
+_PROGRAM = "constants.pkl"
+
+#: Where elements do not lie in order: how many are gathered at once, how many bytes between two of them are
+#: read along rather than left out, and how many elements one read may span.
+_GATHERED, _GAP, _SPAN = 1 << 19, 1024, 1 << 17
+
+
+@dataclass(frozen=True)
+class Code:
+    """A dtype that the pickle names."""
+
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A record as elements of one dtype."""
+
+    record: Record
+    dtype: str
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: its elements lie one after another from ``offset`` (in bytes) on."""
+    """A tensor in a file: where its first element lies (in bytes), and how many elements lie from one to the next
+    along each axis."""
 
     file: TorchFile
     dtype: str
     shape: tuple[int, ...]
     offset: int
+    strides: tuple[int, ...]
 
     @property
     def count(self) -> int:
@@ -52,17 +84,25 @@ class StoredTensor:
 
     def read(self, start: int, out: npt.NDArray[Any]) -> None:
         """Fill ``out`` (storage type) with elements from ``start`` on."""
-        self.file.pread(out.data, self.offset + start * out.itemsize)
+        if _in_order(self.shape, self.strides):
+            self.file.pread(out.data, self.offset + start * out.itemsize)
+            return
+        for first in range(0, len(out), _GATHERED):
+            self._gather(start + first, out[first : first + _GATHERED])
 
-
-class Inert:
-    """Stands for an object of a class that is not loaded."""
-
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
+    def _gather(self, start: int, out: npt.NDArray[Any]) -> None:
+        """Elements that do not lie in order: what lies close together is read at once."""
+        indices = np.unravel_index(np.arange(start, start + len(out)), self.shape)
+        places = np.zeros(len(out), np.int64)
+        for index, stride in zip(indices, self.strides, strict=True):
+            places += index * stride
+        order = np.argsort(places, kind="stable")
+        ordered = places[order]
+        cuts = 1 + np.flatnonzero((np.diff(ordered) * out.itemsize > _GAP) | (np.diff(ordered // _SPAN) > 0))
+        for part, wanted in zip(np.split(ordered, cuts), np.split(order, cuts), strict=True):
+            near = np.empty(int(part[-1] - part[0]) + 1, out.dtype)
+            self.file.pread(near.data, self.offset + int(part[0]) * out.itemsize)
+            out[wanted] = near[part - part[0]]
 
 
 class TorchFile:
@@ -71,116 +111,132 @@ class TorchFile:
     Raises InputRejected when the file is not of this kind, malformed, or names callables that are not known.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._descriptor = storage.open_read(path)
-        self._closing = weakref.finalize(self, storage.close, self._descriptor)
-        self.identity = storage.identity(path, self._descriptor)
+    def __init__(self, source: Path | Stored) -> None:
+        self._file = LocalFile(source) if isinstance(source, Path) else source
+        self.identity, self.name = self._file.identity, self._file.name
         try:
-            self._records = self._directory()
+            self._records = records_of(self._file)
             self.content = self._unpickled()
-        except (zipfile.BadZipFile, pickle.UnpicklingError, ValueError, TypeError, KeyError, AttributeError,
-                IndexError, EOFError, RecursionError, struct.error) as error:  # fmt: skip
+        except (ValueError, TypeError, KeyError, IndexError, OverflowError, struct.error) as error:
             self.close()
-            raise InputRejected(f"{storage.shown(path)} is not a whole file of torch.save: {error}") from error
+            said = f"it lacks the record {error}" if isinstance(error, KeyError) else error
+            raise InputRejected(f"{storage.shown(self.name)} is not a whole file of torch.save: {said}") from error
         except BaseException:
             self.close()
             raise
 
     def pread(self, out: memoryview, offset: int) -> None:
-        storage.pread_into(self._descriptor, out, offset, self.path)
+        self._file.read_into(out, offset)
 
     def check_unchanged(self) -> None:
-        if storage.identity(self.path) != self.identity:
-            raise OperationFailed(f"{storage.shown(self.path)} changed while it was being read: run again")
+        self._file.check_unchanged()
 
     def close(self) -> None:
-        self._closing()
-
-    # --- the zip --------------------------------------------------------------------------------------------
-
-    def _directory(self) -> dict[str, tuple[int, int]]:
-        """Record -> (first byte, size), names without the leading folder. Only stored records can be read in place."""
-        with zipfile.ZipFile(storage.stretch(self._descriptor, self.path, 0, self.identity.size)) as archive:
-            entries = archive.infolist()
-        records = {}
-        for entry in entries:
-            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
-                raise ValueError(f"record {show(entry.filename)} is compressed")
-            start = self._start(entry)
-            if start + entry.file_size > self.identity.size:
-                raise ValueError(f"record {show(entry.filename)} lies beyond the end")
-            records[entry.filename.partition("/")[2]] = start, entry.file_size
-        return records
-
-    def _start(self, entry: zipfile.ZipInfo) -> int:
-        """The first byte of a record, behind its own header."""
-        header = bytearray(30)
-        if not 0 <= entry.header_offset <= self.identity.size - len(header):
-            raise ValueError(f"record {show(entry.filename)} lies outside of the file")
-        self.pread(memoryview(header), entry.header_offset)
-        name, extra = struct.unpack("<HH", header[26:30])
-        return entry.header_offset + 30 + int(name) + int(extra)
-
-    # --- the pickle -----------------------------------------------------------------------------------------
+        self._file.close()
 
     def _unpickled(self) -> Any:
-        if "byteorder" in self._records and self._record("byteorder").read() != b"little":
+        if _PROGRAM in self._records:
+            raise InputRejected(
+                f"{storage.shown(self.name)} is a program of torch.jit, not weights: save its state_dict()"
+            )
+        if "byteorder" in self._records and self._text("byteorder") != b"little":
             raise ValueError("it was written on a big-endian machine")
-        return _Unpickler(self, self._record("data.pkl")).load()
+        start, size = self._records["data.pkl"]
+        data = storage.stretch(self._file.read_into, start, size)
+        return Unpickler(data, min(size, MAX_PICKLE), self._named, self._stored).load()
 
-    def _record(self, name: str) -> IO[bytes]:
+    def _text(self, name: str) -> bytes:
         start, size = self._records[name]
-        if size > MAX_PICKLE:
-            raise ValueError(f"record {show(name)} has {size} bytes, at most {MAX_PICKLE} are accepted")
-        return storage.stretch(self._descriptor, self.path, start, size)
+        return storage.stretch(self._file.read_into, start, min(size, 64)).read()
 
-    def tensor(self, pid: Any, offset: int, shape: Any, stride: Any) -> StoredTensor:
-        """A tensor on the storage that ``pid`` names, checked against the size of its record."""
-        _, dtype, key, _, _ = pid
-        found = tuple(int(size) for size in shape)
-        if min(found, default=0) < 0 or offset < 0:
-            raise ValueError("a tensor has a negative size")
-        if prod(found) > 1 and tuple(stride) != _contiguous(found):
-            raise ValueError(f"a tensor of shape {list(found)} has strides {list(stride)}, expected rows in order")
-        size = DTYPES[dtype].bits // 8
-        start, length = self._records[f"data/{key}"]
-        if (offset + prod(found)) * size > length:
-            raise ValueError(f"a tensor of shape {list(found)} exceeds record data/{key}")
-        return StoredTensor(self, dtype, found, start + offset * size)
+    # --- what stands in the pickle ----------------------------------------------------------------------
 
-
-def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(prod(shape[place + 1 :]) for place in range(len(shape)))
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: TorchFile, data: IO[bytes]) -> None:
-        super().__init__(data)
-        self._file = file
-
-    def find_class(self, module: str, name: str) -> Any:
-        """What stands for a name in the pickle; never the thing itself, but for containers."""
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
-        known: dict[tuple[str, str], Callable[..., Any]] = {
-            ("collections", "OrderedDict"): OrderedDict,
-            ("builtins", "set"): set,
-            ("torch", "Size"): tuple,
-            ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
-            ("torch._utils", "_rebuild_parameter"): lambda data, *more: data,
+    def _named(self, module: str, name: str) -> Any:
+        """What stands for a name in the pickle; never the thing itself."""
+        whole = f"{module}.{name}"
+        if module in ("torch", "torch.storage") and name in _STORAGES:
+            return Code(_STORAGES[name])
+        if module == "torch" and name in _TYPES:
+            return Code(_TYPES[name])
+        known: dict[str, Callable[..., Any]] = {
+            "collections.OrderedDict": _mapping,
+            "torch.Size": _size,
+            "torch._utils._rebuild_tensor_v2": self._tensor,
+            "torch._utils._rebuild_tensor_v3": self._typed_tensor,
+            "torch._utils._rebuild_parameter": _parameter,
         }
-        if (module, name) in known:
-            return known[module, name]
-        if module.partition(".")[0] in _LEFT_ASIDE:
-            return Inert
+        if whole in known:
+            return Known(known[whole])
+        if module.partition(".")[0] in _LEFT_ASIDE or whole in ("builtins.set", "__builtin__.set"):
+            return Inert(whole)
         raise InputRejected(
-            f"{storage.shown(self._file.path)} names {show(f'{module}.{name}')}, which no optimizer needs: refused, it "
-            "may be an attack"
+            f"{storage.shown(self.name)} names {show(whole)}, which no weights and no optimizer need: refused, it may "
+            "be an attack"
         )
 
-    def persistent_load(self, pid: Any) -> Any:
-        return pid
+    def _stored(self, pid: Any) -> Storage:
+        """What a persistent id refers to: a record, which must be as long as the id says."""
+        kind, code, key, _, count = pid
+        if kind != "storage" or not isinstance(code, Code) or not isinstance(key, str) or type(count) is not int:
+            raise TypeError("it refers to a storage of an unknown kind")
+        record = self._records[f"data/{key}"]
+        if count * DTYPES[code.dtype].bits // 8 > record.size or count < 0:
+            raise ValueError(f"a storage of {count} elements exceeds record data/{key}")
+        return Storage(record, code.dtype)
 
-    def _tensor(self, pid: Any, offset: int, shape: Any, stride: Any, *more: Any) -> StoredTensor:
-        return self._file.tensor(pid, offset, shape, stride)
+    def _tensor(
+        self, stored: Any, offset: Any, shape: Any, strides: Any, grad: Any = False, hooks: Any = None,
+        metadata: Any = None,
+    ) -> StoredTensor:  # fmt: skip
+        """A tensor on a storage. What it takes up is checked against the record."""
+        if not isinstance(stored, Storage) or type(offset) is not int or offset < 0 or metadata:
+            raise TypeError("a tensor lies on no storage, or is a conjugate or negative view")
+        shape, strides = _size(shape), _size(strides)
+        size = DTYPES[stored.dtype].bits // 8
+        if len(strides) != len(shape):
+            raise ValueError(f"a tensor of shape {list(shape)} has strides {list(strides)}")
+        reach = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if prod(shape) else 0
+        if (offset + reach) * size > stored.record.size:
+            raise ValueError(f"a tensor of shape {list(shape)} exceeds its record of {stored.record.size} bytes")
+        if not _apart(shape, strides):
+            raise ValueError(f"a tensor of shape {list(shape)} with strides {list(strides)} repeats its elements")
+        return StoredTensor(self, stored.dtype, shape, stored.record.start + offset * size, strides)
+
+    def _typed_tensor(
+        self, stored: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, code: Any, metadata: Any = None
+    ) -> StoredTensor:
+        """A tensor that states its dtype, on a storage of bytes; ``offset`` counts elements."""
+        if not isinstance(stored, Storage) or not isinstance(code, Code):
+            raise TypeError("a tensor has no storage, or an unknown dtype")
+        return self._tensor(Storage(stored.record, code.dtype), offset, shape, strides, metadata=metadata)
+
+
+def _mapping() -> dict[Any, Any]:
+    return {}
+
+
+def _parameter(data: Any, *more: Any) -> Any:
+    return data
+
+
+def _size(value: Any) -> tuple[int, ...]:
+    """A shape or strides as the pickle gives them."""
+    if not isinstance(value, tuple) or len(value) > _MAX_RANK or not all(type(n) is int and n >= 0 for n in value):
+        raise ValueError("a tensor has a shape or strides that are no short tuple of whole numbers from 0 on")
+    return value
+
+
+def _in_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether the elements lie one after another; the stride of an axis of one does not matter."""
+    ends = [prod(shape[place + 1 :]) for place in range(len(shape))]
+    return not prod(shape) or all(n == 1 or stride == end for n, stride, end in zip(shape, strides, ends, strict=True))
+
+
+def _apart(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether no element lies where another one does."""
+    reach = 0
+    for stride, n in sorted((stride, n) for n, stride in zip(shape, strides, strict=True) if n > 1):
+        if stride <= reach:
+            return not prod(shape)
+        reach += (n - 1) * stride
+    return True

@@ -12,21 +12,21 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import MappingProxyType
 from typing import Any
 
 import numpy.typing as npt
 
 from .. import storage
-from ..errors import UsageError
-from .base import TensorInfo
+from ..errors import UsageError, show
+from .base import Part, TensorInfo
 from .safetensors import MAX_HEADER, MAX_TENSORS
 
 #: The data begins at a multiple of this, so that every dtype can be memory-mapped and read by vector code.
 ALIGNMENT = 64
 
-INDEX = "model.safetensors.index.json"
+_INDEX = ".safetensors.index.json"
 
 #: Other loaders look for this.
 _METADATA = {"format": "pt"}
@@ -42,14 +42,21 @@ _ORDER = (
 _RANK = {code: rank for rank, code in enumerate(_ORDER)}
 
 
+_WHOLE = Part()
+
+
 @dataclass(frozen=True)
 class Shard:
-    """One file to be. ``tensors`` lie in the order of their offsets, which count from the file's beginning."""
+    """One file to be. ``tensors`` lie in the order of their offsets, which count from the file's beginning.
+
+    ``file`` is its path in the checkpoint's folder; the names in its header lack the prefix of ``part``.
+    """
 
     file: str
     header: bytes
     size: int
     tensors: tuple[TensorInfo, ...]
+    part: Part = _WHOLE
 
     @property
     def offsets(self) -> dict[str, int]:
@@ -58,14 +65,35 @@ class Shard:
 
 
 def plan_shards(
-    tensors: Sequence[TensorInfo], shard_size: int, metadata: Mapping[str, str] = MappingProxyType({})
-) -> list[Shard]:
+    tensors: Sequence[TensorInfo], shard_size: int, metadata: Mapping[str, str] = MappingProxyType({}),
+    parts: Sequence[Part] = (_WHOLE,),
+) -> list[Shard]:  # fmt: skip
     """Lay tensors out in files of at most ``shard_size`` bytes of data, in the order given.
 
     A larger tensor gets a file of its own. One file is model.safetensors, several are numbered. ``metadata``
-    goes into every header. Raises UsageError when a file would hold more tensors than a header may name.
+    goes into every header. Each of ``parts`` has files of its own. Raises UsageError when a file would hold more
+    tensors than a header may name, or a tensor belongs to no part.
     """
     _refuse_twins(tensors)
+    said = {**_METADATA, **metadata}
+    owned = _by_part(tensors, parts)
+    return [shard for part, own in owned.items() for shard in _shards_of(part, own, shard_size, said)]
+
+
+def _by_part(tensors: Sequence[TensorInfo], parts: Sequence[Part]) -> dict[Part, list[TensorInfo]]:
+    """Each part with its tensors; a tensor is of the part with the longest prefix."""
+    nested = sorted(parts, key=lambda part: -len(part.prefix))
+    owned: dict[Part, list[TensorInfo]] = {part: [] for part in parts}
+    for tensor in tensors:
+        part = next((part for part in nested if tensor.name.startswith(part.prefix)), None)
+        if part is None:
+            known = ", ".join(part.folder for part in parts)
+            raise UsageError(f"tensor {show(tensor.name)} belongs to none of the parts {known}: leave it out")
+        owned[part].append(tensor)
+    return {part: own for part, own in owned.items() if own or len(parts) == 1}
+
+
+def _shards_of(part: Part, tensors: Sequence[TensorInfo], shard_size: int, metadata: Mapping[str, str]) -> list[Shard]:
     groups: list[list[TensorInfo]] = [[]]
     held = 0
     for tensor in tensors:
@@ -74,8 +102,8 @@ def plan_shards(
             held = 0
         groups[-1].append(tensor)
         held += tensor.nbytes
-    said = {**_METADATA, **metadata}
-    return [_shard(_file_name(number, len(groups)), group, said) for number, group in enumerate(groups, 1)]
+    names = [_file_name(part, number, len(groups)) for number in range(1, len(groups) + 1)]
+    return [_shard(name, group, metadata, part) for name, group in zip(names, groups, strict=True)]
 
 
 def plan_file(file: str, tensors: Sequence[TensorInfo]) -> Shard:
@@ -89,16 +117,17 @@ def _refuse_twins(tensors: Sequence[TensorInfo]) -> None:
         raise ValueError("a tensor is given twice")
 
 
-def _file_name(number: int, total: int) -> str:
-    return "model.safetensors" if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
+def _file_name(part: Part, number: int, total: int) -> str:
+    return part.inside(f"{part.stem}{f'-{number:05d}-of-{total:05d}' if total > 1 else ''}.safetensors")
 
 
-def _shard(file: str, tensors: Iterable[TensorInfo], metadata: Mapping[str, str]) -> Shard:
+def _shard(file: str, tensors: Iterable[TensorInfo], metadata: Mapping[str, str], part: Part = _WHOLE) -> Shard:
     ordered = sorted(tensors, key=lambda tensor: (_RANK[tensor.dtype], tensor.name))
     ends = [0, *accumulate(tensor.nbytes for tensor in ordered)]
-    header = _header(ordered, ends, file, metadata)
+    named = [replace(tensor, name=tensor.name.removeprefix(part.prefix)) for tensor in ordered]
+    header = _header(named, ends, file, metadata)
     located = (replace(tensor, file=file, offset=len(header) + ends[i]) for i, tensor in enumerate(ordered))
-    return Shard(file, header, len(header) + ends[-1], tuple(located))
+    return Shard(file, header, len(header) + ends[-1], tuple(located), part)
 
 
 def _header(ordered: Sequence[TensorInfo], ends: Sequence[int], file: str, metadata: Mapping[str, str]) -> bytes:
@@ -139,13 +168,15 @@ class CheckpointWriter:
 
     def _create(self, shard: Shard) -> None:
         path = self._folder / shard.file
+        storage.make_way(path)
         self._descriptors[shard.file] = descriptor = self._open(path, shard.size)
         storage.pwrite_all(descriptor, memoryview(shard.header), 0, path)
 
-    def write(self, name: str, start: int, array: npt.NDArray[Any]) -> None:
+    def write(self, name: str, start: int, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Write ``array`` (contiguous, of the dtype's storage type) as the tensor's items from ``start`` on.
 
-        Every item is to be written once. Raises OperationFailed when the disk fails.
+        Every item is to be written once. Returns the items as they will be read: the same ones. Raises
+        OperationFailed when the disk fails.
         """
         tensor = self._tensors[name]
         offset = start * array.itemsize
@@ -155,6 +186,7 @@ class CheckpointWriter:
         storage.pwrite_all(descriptor, array.data, tensor.offset + offset, self._folder / tensor.file)
         if self._is_due(tensor.file, array.nbytes):
             storage.start_writeback(descriptor, 0, 0)
+        return array
 
     def read(self, name: str, start: int, out: npt.NDArray[Any]) -> None:
         """Fill ``out`` (storage type) with the tensor's items from ``start`` on, as they are in the file now."""
@@ -171,7 +203,8 @@ class CheckpointWriter:
         """Wait until all that was written so far is on the disk, and so are the files' names."""
         for file, descriptor in self._descriptors.items():
             storage.fsync(descriptor, self._folder / file)
-        storage.fsync_directory(self._folder)
+        for folder in {(self._folder / file).parent for file in self._descriptors}:
+            storage.fsync_directory(folder)
 
     def _is_due(self, file: str, nbytes: int) -> bool:
         with self._lock:
@@ -187,21 +220,25 @@ class CheckpointWriter:
             raise ValueError(f"{self._missing} bytes too few were written")
         self.sync()
         self.abort()
-        if len(self._shards) > 1:
-            storage.write_small(self._folder / INDEX, self._index())
-
-    def _index(self) -> bytes:
-        tensors = self._tensors.values()
-        content = {
-            "metadata": {
-                "total_parameters": sum(tensor.count for tensor in tensors),
-                "total_size": sum(tensor.nbytes for tensor in tensors),
-            },
-            "weight_map": {name: self._tensors[name].file for name in sorted(self._tensors)},
-        }
-        return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+        for part in dict.fromkeys(shard.part for shard in self._shards):
+            shards = [shard for shard in self._shards if shard.part == part]
+            if len(shards) > 1:
+                storage.write_small(self._folder / part.inside(f"{part.stem}{_INDEX}"), _index(part, shards))
 
     def abort(self) -> None:
         """Close all files, whatever state they are in."""
         while self._descriptors:
             storage.close(self._descriptors.popitem()[1])
+
+
+def _index(part: Part, shards: Sequence[Shard]) -> bytes:
+    tensors = [tensor for shard in shards for tensor in shard.tensors]
+    files = {tensor.name.removeprefix(part.prefix): PurePath(tensor.file).name for tensor in tensors}
+    content = {
+        "metadata": {
+            "total_parameters": sum(tensor.count for tensor in tensors),
+            "total_size": sum(tensor.nbytes for tensor in tensors),
+        },
+        "weight_map": dict(sorted(files.items())),
+    }
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

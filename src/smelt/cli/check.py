@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
-from .options import common, json_option, settings
+from .options import common, json_option, pickle_option, settings
 from .output import plain, print_json, print_table
 from .progress import bar
 
@@ -22,17 +22,21 @@ _REJECTED = 3
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option("--base", metavar="MODEL", help="The model that the others were fine-tuned from.")
 @click.option("--full", is_flag=True, help="Read every weight, not a sample of large models.")
+@pickle_option
 @json_option
 @common
 @click.pass_context
-def command(ctx: click.Context, models: tuple[str, ...], base: str | None, full: bool, as_json: bool) -> None:
+def command(
+    ctx: click.Context, models: tuple[str, ...], base: str | None, full: bool, allow_pickle: bool, as_json: bool
+) -> None:
     """Compare MODELs (folders, files, hub ids or URLs) and say whether and how to merge them.
 
     Exit code 3 when something forbids a merge.
     """
     from ..diagnosis import check
 
-    diagnosis = check(models, base, sample="full" if full else "auto", progress=bar(settings().quiet))
+    sample: Literal["full", "auto"] = "full" if full else "auto"
+    diagnosis = check(models, base, sample=sample, progress=bar(settings().quiet), allow_pickle=allow_pickle)
     if as_json:
         print_json(diagnosis.as_dict())
     else:

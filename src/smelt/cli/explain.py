@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .merge import recipe_argument
-from .options import common, json_option
+from .options import common, json_option, pickle_option
 from .output import plain, print_json, print_pairs, print_table
 
 if TYPE_CHECKING:
@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     "--on-extra", type=click.Choice(["copy", "drop", "merge", "error"]), default="error", show_default=True,
     help="A tensor that only some models have.",
 )  # fmt: skip
+@pickle_option
 @json_option
 @common
-def command(recipe: str, raw: bool, on_extra: str, as_json: bool) -> None:
+def command(recipe: str, raw: bool, on_extra: str, allow_pickle: bool, as_json: bool) -> None:
     """Show the value of every parameter for each layer and group of tensors, as RECIPE (a file, or -) gives it.
 
     Needs the models' headers, not their weights. Tells also what each filter of the recipe matches.
@@ -32,7 +33,7 @@ def command(recipe: str, raw: bool, on_extra: str, as_json: bool) -> None:
     from ..engine import plan
     from ..engine.explain import explain
 
-    planned = plan(recipe_argument(recipe), raw=raw, on_extra=on_extra)
+    planned = plan(recipe_argument(recipe), raw=raw, on_extra=on_extra, allow_pickle=allow_pickle)
     explained = [explain(each) for each in (*planned.stages, planned)]
     notices = [notice for each in (*planned.stages, planned) for notice in each.notices]
     planned.close()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import common, json_option, settings
+from .options import common, json_option, pickle_option, settings
 from .output import count, plain, print_json, print_pairs, print_table, size
 from .progress import bar
 
@@ -21,16 +21,17 @@ if TYPE_CHECKING:
 @click.option("--tensors", is_flag=True, help="List every tensor with dtype, shape and file.")
 @click.option("--roles", is_flag=True, help="List every tensor with its role, layer and depth.")
 @click.option("--stats", is_flag=True, help="Read every tensor: range, mean magnitude, zeros, NaN and Inf.")
+@pickle_option
 @json_option
 @common
-def command(model: str, tensors: bool, roles: bool, stats: bool, as_json: bool) -> None:
+def command(model: str, tensors: bool, roles: bool, stats: bool, allow_pickle: bool, as_json: bool) -> None:
     """Tell what MODEL (a folder, file, hub id or URL; base+adapter; an adapter) holds, from its headers and config."""
     from ..checkpoint import AdapterGiven, load
     from ..diagnosis.contents import contents, tensor_rows
     from ..diagnosis.layers import structure_of
 
     try:
-        opened = load(model)
+        opened = load(model, allow_pickle=allow_pickle)
     except AdapterGiven:
         _tell_adapter(model, as_json)
         return
@@ -100,6 +101,7 @@ def _show(facts: Mapping[str, Any]) -> None:
             "parameters": count(facts["parameters"]),
             "tensors": str(facts["tensors"]),
             "size": f"{size(facts['bytes'])} in {len(facts['files'])} file(s)",
+            **({"parts": ", ".join(map(plain, facts["parts"]))} if len(facts["parts"]) > 1 else {}),
             "layers": ", ".join(stacks) or "none found",
             "heads": ", ".join(map(plain, facts["heads"])) or "none stored",
             "tied": ", ".join(tied) or "nothing stored twice",

@@ -11,7 +11,7 @@ import click
 
 from ..errors import UsageError, show
 from ..storage import listdir
-from .options import common, json_option, settings
+from .options import common, json_option, pickle_option, settings
 from .output import duration, plain, print_json, print_pairs, print_table, size
 from .progress import bar
 
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     "--resume/--no-resume", default=None,
     help="Keep what is written when the run fails, to continue it; begin anew. Default: continue what was killed.",
 )  # fmt: skip
+@pickle_option
 @json_option
 @common
 def command(recipe: str, out: str | None, dry_run: bool, as_json: bool, **options: Any) -> None:
@@ -72,7 +73,7 @@ def command(recipe: str, out: str | None, dry_run: bool, as_json: bool, **option
     from ..engine import merge
 
     artifact = merge(source, str(out), progress=bar(settings().quiet), **options)
-    _show_artifact(artifact, as_json)
+    show_artifact(artifact, as_json)
 
 
 def recipe_argument(argument: str) -> str | Sequence[Recipe]:
@@ -88,7 +89,7 @@ def recipe_argument(argument: str) -> str | Sequence[Recipe]:
     return argument
 
 
-def _show_artifact(artifact: Artifact, as_json: bool) -> None:
+def show_artifact(artifact: Artifact, as_json: bool) -> None:
     """The path on stdout, what happened on stderr."""
     if not settings().quiet:
         for warning in artifact.warnings:

@@ -36,5 +36,11 @@ def common(command: F) -> F:
     return click.option("--debug", help="Show the traceback of an error.", **kind)(command)
 
 
+def pickle_option(command: F) -> F:
+    return click.option("--allow-pickle", is_flag=True, help="Read pickled weights, too; nothing in them is run.")(
+        command
+    )
+
+
 def json_option(command: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")(command)

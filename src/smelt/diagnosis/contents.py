@@ -14,7 +14,7 @@ from .layers import by_layer
 
 
 def contents(checkpoint: Checkpoint, structure: Structure) -> dict[str, Any]:
-    """Totals, dtypes, files, layers, roles, ties and config facts, as plain data.
+    """Totals, dtypes, files, folders, layers, roles, ties and config facts, as plain data.
 
     ``parameters`` counts the elements of floating tensors; quantised payloads count as stored.
     """
@@ -27,6 +27,7 @@ def contents(checkpoint: Checkpoint, structure: Structure) -> dict[str, Any]:
         "bytes": sum(info.nbytes for info in infos),
         "dtypes": _totals((info.dtype, info) for info in infos),
         "files": [{"name": file.path.name, "bytes": file.size} for file in checkpoint.files()],
+        "parts": [part.folder or "." for part in checkpoint.parts],
         "stacks": [{"prefix": stack.prefix, "layers": stack.count} for stack in structure.stacks],
         "roles": _totals((structure[info.name].role, info) for info in infos),
         "tied": [list(group) for group in structure.tied_groups],

@@ -36,24 +36,27 @@ def check(
     *,
     sample: Sample = "auto",
     progress: Progress | None = None,
+    allow_pickle: bool = False,
 ) -> Diagnosis:
     """Say whether ``models`` can be merged, what their task vectors are like, and which recipe to start with.
 
     Models are folders, files, hub ids, dicts of arrays or open checkpoints. Without ``base`` each model is
     tried as the base of the others. ``sample``: "auto" (small models whole, large ones by evenly spread
-    runs), "full", or the share to read. Raises UsageError for no models, InputRejected and OperationFailed
-    as :func:`smelt.load` does; everything else is a finding.
+    runs), "full", or the share to read. ``allow_pickle``: as for :func:`smelt.load`. Raises UsageError for no
+    models, InputRejected and OperationFailed as :func:`smelt.load` does; everything else is a finding.
     """
     if len(models) + (base is not None) < 2:
         raise UsageError("check compares models: give at least two, or one and --base")
     sources = [*(() if base is None else [("base", base)]), *((f"model {i}", m) for i, m in enumerate(models))]
     with ExitStack() as stack:
-        opened = _opened(sources, base, stack)
+        opened = _opened(sources, base, stack, allow_pickle)
         given = None if base is None else opened.pop(0)
         return _check(opened, given, sample, progress or Silent())
 
 
-def _opened(sources: Sequence[tuple[str, Source]], base: Source | None, stack: ExitStack) -> list[Checkpoint]:
+def _opened(
+    sources: Sequence[tuple[str, Source]], base: Source | None, stack: ExitStack, allow_pickle: bool
+) -> list[Checkpoint]:
     """Paths and ids are called what the caller wrote, arrays in memory by their place. Adapters lie on ``base``.
 
     Raises InputRejected with the problems of all that cannot be opened.
@@ -62,23 +65,26 @@ def _opened(sources: Sequence[tuple[str, Source]], base: Source | None, stack: E
     problems: list[str] = []
     for name, source in sources:
         try:
-            opened.append(_open_one(name, source, base, stack))
+            opened.append(_open_one(name, source, base, stack, allow_pickle))
         except InputRejected as error:
             problems += error.problems
     InputRejected.gather(dict.fromkeys(problems))
     return opened
 
 
-def _open_one(name: str, source: Source, base: Source | None, stack: ExitStack) -> Checkpoint:
+def _open_one(name: str, source: Source, base: Source | None, stack: ExitStack, allow_pickle: bool) -> Checkpoint:
     if isinstance(source, Checkpoint):
         return source
     try:
-        return stack.enter_context(load(source, label=name if isinstance(source, Mapping) else None))
+        label = name if isinstance(source, Mapping) else None
+        return stack.enter_context(load(source, label=label, allow_pickle=allow_pickle))
     except AdapterGiven:
         if base is None or base is source or isinstance(base, Checkpoint):
             raise
         adapter = [(open_adapter(str(source)), 1.0)]
-        return stack.enter_context(load_adapted(load(base, label="base"), adapter, str(source)))
+        return stack.enter_context(
+            load_adapted(load(base, label="base", allow_pickle=allow_pickle), adapter, str(source))
+        )
 
 
 def _check(models: list[Checkpoint], base: Checkpoint | None, sample: Sample, progress: Progress) -> Diagnosis:

@@ -25,7 +25,7 @@ from .inputs import Input, identity, quantised
 from .manifest import NAME, dump, manifest, sums_of
 from .operands import CheckpointOperand, Ledger
 from .progress import Progress, Silent
-from .publish import check_space, staging
+from .publish import check_space, staging, write_files
 from .run import Artifact
 from .sink import DiskSink, write_tensors
 
@@ -97,8 +97,7 @@ def publish(
             digests = write_tensors(folder, shards, copy_all)
             for item in work.inputs:
                 item.checkpoint.check_unchanged()
-            for name, data in sorted(files.items()):
-                storage.write_small(folder / name, data)
+            write_files(folder, files)
             storage.write_small(folder / NAME, dump(_manifest(work, digests, sums_of(folder, files))))
     finally:
         shown.finish()

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import PurePath
 
 from ..errors import without_secrets
 from ..methods import Method
+
+#: Files that only the models of one library have.
+_LIBRARIES = {
+    "model_index.json": "diffusers", "modules.json": "sentence-transformers", "open_clip_config.json": "open_clip",
+}  # fmt: skip
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?")
 
@@ -32,13 +37,13 @@ def without_paths(text: str, local_paths: Sequence[str]) -> str:
 
 def card(
     *, title: str, method: Method, base: str | None, models: Sequence[str], hub_ids: Sequence[str],
-    license_name: str | None, recipe: str, notices: Sequence[str],
+    license_name: str | None, recipe: str, notices: Sequence[str], library: str,
 ) -> str:  # fmt: skip
     """README.md. ``models`` and ``base`` are public names, ``hub_ids`` those of them that are hub ids."""
     lines = ["---"]
     if hub_ids:
         lines += ["base_model:", *(f"- {name}" for name in hub_ids), "base_model_relation: merge"]
-    lines += ["library_name: transformers", *([f"license: {license_name}"] if license_name else [])]
+    lines += [f"library_name: {library}", *([f"license: {license_name}"] if license_name else [])]
     lines += ["tags:", "- merge", "- smelt", "---", "", f"# {title}", ""]
     lines += [
         f"A merge made with smelt by **{method.title}** (`{method.name}`).",
@@ -57,6 +62,11 @@ def card(
         "",
     ]
     return "\n".join(lines)
+
+
+def library_of(files: Collection[str]) -> str:
+    """Which library loads a model that needs these files beside the usual ones."""
+    return next((library for name, library in _LIBRARIES.items() if name in files), "transformers")
 
 
 def hub_id(text: str) -> str | None:

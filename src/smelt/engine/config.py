@@ -3,46 +3,69 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from ..architecture import role_of
 from ..architecture.config import sections
 from ..kernels.dtypes import DTYPES, name_of
 from .inputs import read_config
-from .planning import Plan
+from .outputs import Output
+
+if TYPE_CHECKING:
+    from .planning import Plan
 
 
-def patched_config(plan: Plan) -> bytes | None:
+def patched_configs(plan: Plan) -> dict[str, bytes]:
     """The donor's config.json with dtype, layer count, per-layer lists and tied head as the output has them.
 
-    None when the donor has no config.
+    By name; none when the donor has no config. Those of a model's parts in other folders get the part's dtype.
     """
-    raw = read_config(plan.inputs.donor.checkpoint)
-    if raw is None:
-        return None
+    donor = plan.inputs.donor.checkpoint
+    raw, stored = read_config(donor), donor.side_files
+    found = {} if raw is None else {"config.json": _patched(raw, partial(_whole, plan))}
+    for part in donor.parts:
+        name = part.inside("config.json")
+        if part.folder and name in stored:
+            outputs = [output for output in plan.outputs if output.name.startswith(part.prefix)]
+            found[name] = _patched(stored[name], partial(_with_dtype, plan, outputs))
+    return found
+
+
+def _patched(raw: bytes, change: Callable[[dict[str, Any]], dict[str, Any]]) -> bytes:
+    """The same bytes where nothing is changed."""
     config = json.loads(raw)
     before = json.dumps(config)
-    _set_dtype(plan, config)
-    _set_layers(plan, config)
-    _untie(plan, config)
-    config = _with_vocabulary(plan, config)
+    config = change(config)
     if json.dumps(config) == before:
         return raw
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _set_dtype(plan: Plan, config: dict[str, Any]) -> None:
-    """The dtype that most of the output's elements have, under the key that the donor uses."""
+def _whole(plan: Plan, config: dict[str, Any]) -> dict[str, Any]:
+    _with_dtype(plan, plan.outputs, config)
+    _set_layers(plan, config)
+    _untie(plan, config)
+    return _with_vocabulary(plan, config)
+
+
+def _with_dtype(plan: Plan, outputs: Sequence[Output], config: dict[str, Any]) -> dict[str, Any]:
+    """The dtype that most of the outputs' elements have, under the key that the donor uses.
+
+    Configs of transformers get the key where the recipe chooses the dtype; those of other libraries do not know it.
+    """
     weights: dict[str, int] = {}
-    for output in plan.outputs:
+    for output in outputs:
         if DTYPES[output.dtype].arithmetic:
             weights[output.dtype] = weights.get(output.dtype, 0) + output.count
     if not weights:
-        return
+        return config
     key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
     name = name_of(max(sorted(weights), key=weights.__getitem__))
-    if key in config or plan.recipe.written_dtype is not None:
+    if key in config or (plan.recipe.written_dtype is not None and "model_type" in config):
         config[key] = name
+    return config
 
 
 def _set_layers(plan: Plan, config: dict[str, Any]) -> None:

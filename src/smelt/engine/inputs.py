@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,8 +13,8 @@ from typing import Any
 from ..architecture import Structure
 from ..architecture.config import vocabulary_sizes
 from ..checkpoint import Adapter, AdapterGiven, Checkpoint, load, load_adapted, open_adapter, side_files
-from ..errors import InputRejected, SmeltError, show
-from ..kernels.dtypes import DTYPES
+from ..checkpoint.quantised import refusals, without_quantisation
+from ..errors import InputRejected, SmeltError
 from ..recipe import InputModel, ModelReference, Recipe
 from .card import public_name
 from .operands import CheckpointOperand, Ledger
@@ -91,13 +91,16 @@ class Inputs:
     ``beside`` are the statistics checkpoints by the text that names them.
     """
 
-    def __init__(self, recipe: Recipe, places: Places = MappingProxyType({}), *, raw: bool = False) -> None:
+    def __init__(
+        self, recipe: Recipe, places: Places = MappingProxyType({}), *, raw: bool = False, allow_pickle: bool = False
+    ) -> None:
         """``places``: where a name of the recipe leads, other than to a path or the hub. ``raw``: bare tensors."""
+        open_one = partial(_load, places=places, allow_pickle=allow_pickle)
         self.ledger = Ledger()
         problems: list[str] = []
         lenders = recipe.vocabulary.lenders() if recipe.vocabulary is not None else ()
-        self._by_text = _opened((*recipe.references(), *lenders), "", problems, places, raw, recipe.base_model)
-        self.beside = _opened(recipe.statistics(), "statistics ", problems, places)
+        self._by_text = _opened((*recipe.references(), *lenders), "", problems, open_one, raw, recipe.base_model)
+        self.beside = _opened(recipe.statistics(), "statistics ", problems, open_one)
         self._statistics = {text: Statistics(item.checkpoint, self.ledger) for text, item in self.beside.items()}
         InputRejected.gather(dict.fromkeys(problems))
         first = recipe.base_model or next(recipe.references())
@@ -119,7 +122,7 @@ class Inputs:
     def side_files(self, reference: ModelReference) -> Mapping[str, bytes]:
         """Of a model that lends its tokenizer alone, which needs no weights."""
         if reference.revision is None and reference.path in self._places:
-            return _load(reference, reference.text, self._places).side_files
+            return _load(reference, reference.text, places=self._places).side_files
         files, folder = side_files(reference.path, reference.revision)
         if folder is not None:
             self._tokenizers[reference.text] = folder
@@ -152,7 +155,7 @@ class Inputs:
         return [*odd, *(f"{item.label}: {note}" for item in self for note in item.structure.remarks)]
 
     def refuse_quantised(self) -> None:
-        """Averaging codes of a quantised model is a silent disaster, so it is refused until it is read right."""
+        """Averaging codes of a quantised model is a silent disaster: what is not dequantised is refused."""
         InputRejected.gather(problem for item in self for problem in quantised(item))
 
     def check_unchanged(self) -> None:
@@ -165,7 +168,8 @@ class Inputs:
 
 
 def _opened(
-    references: Iterable[ModelReference], what: str, problems: list[str], places: Places, raw: bool = False,
+    references: Iterable[ModelReference], what: str, problems: list[str],
+    open_one: Callable[[ModelReference, str, ModelReference | None], Checkpoint], raw: bool = False,
     base: ModelReference | None = None,
 ) -> dict[str, Input]:  # fmt: skip
     """Each checkpoint once; what cannot be opened is appended to ``problems``. ``what`` leads their labels.
@@ -177,7 +181,7 @@ def _opened(
         if reference.text in found:
             continue
         try:
-            checkpoint = _load(reference, what + reference.text, places, base)
+            checkpoint = open_one(reference, what + reference.text, base)
             if raw:
                 checkpoint.strip()
             found[reference.text] = Input(reference, checkpoint, raw)
@@ -186,18 +190,22 @@ def _opened(
     return found
 
 
-def _load(reference: ModelReference, label: str, places: Places, base: ModelReference | None = None) -> Checkpoint:
+def _load(
+    reference: ModelReference, label: str, base: ModelReference | None = None, *, places: Places,
+    allow_pickle: bool = False,
+) -> Checkpoint:  # fmt: skip
     """A model with its adapters; an adapter that is named alone, on ``base``."""
     place = places.get(reference.path) if reference.revision is None else None
     if isinstance(place, Adapter) and base is not None:
-        return load_adapted(_load(base, base.text, places), [(place, 1.0)], label)
+        return load_adapted(_load(base, base.text, places=places, allow_pickle=allow_pickle), [(place, 1.0)], label)
     try:
-        model = load(reference.path if place is None else place, revision=reference.revision, label=label)
+        source = reference.path if place is None else place
+        model = load(source, revision=reference.revision, label=label, allow_pickle=allow_pickle)
     except AdapterGiven:
         if base is None or base.text == reference.text or reference.adapters:
             raise
         found = open_adapter(reference.path, reference.revision)
-        return load_adapted(_load(base, base.text, places), [(found, 1.0)], label)
+        return load_adapted(_load(base, base.text, places=places, allow_pickle=allow_pickle), [(found, 1.0)], label)
     if not reference.adapters:
         return model
     opened = [(open_adapter(places.get(a.path, a.path), a.revision), a.weight) for a in reference.adapters]
@@ -205,27 +213,20 @@ def _load(reference: ModelReference, label: str, places: Places, base: ModelRefe
 
 
 def quantised(item: Input) -> Iterator[str]:
-    """What keeps a model from being merged as floats: the codes of a quantisation."""
-    said = item.checkpoint.config.get("quantization_config")
-    if said:
-        method = said.get("quant_method", "unknown") if isinstance(said, Mapping) else said
-        yield f"{item.label}: a quantised checkpoint ({show(method)}): dequantise it first, this version merges floats"
-        return
-    for name, info in item.checkpoint.tensors.items():
-        if DTYPES[info.dtype].floating and not DTYPES[info.dtype].arithmetic:
-            yield (
-                f"{item.label}: tensor {show(name)} in {show(info.file)} is {info.dtype}, a quantised payload: "
-                "dequantise the model first, this version merges float64, float32, float16 and bfloat16"
-            )
-            return
+    """What keeps a model from being merged as floats: codes that are not understood."""
+    return refusals(item.checkpoint)
 
 
 def read_config(checkpoint: Checkpoint) -> bytes | None:
-    """config.json byte for byte, or None."""
+    """config.json byte for byte, but for what it says of codes where weights are read; or None."""
     stored = checkpoint.side_files.get("config.json")
-    if stored is None and checkpoint.config:
-        return (json.dumps(dict(checkpoint.config), indent=2) + "\n").encode()
-    return stored
+    if stored is None:
+        return (json.dumps(dict(checkpoint.config), indent=2) + "\n").encode() if checkpoint.config else None
+    said = json.loads(stored)
+    plain = without_quantisation(said)
+    if plain == said or without_quantisation(checkpoint.config) != checkpoint.config:
+        return stored
+    return (json.dumps(plain, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def licence_of(inputs: Inputs) -> str | None:

@@ -61,9 +61,9 @@ def manifest(
 
 
 def sums_of(folder: Path, files: Mapping[str, bytes]) -> dict[str, str]:
-    """SHA-256 of the side files, and of the index of weight files where ``folder`` has one."""
-    index = "model.safetensors.index.json"
-    beside = {index: storage.read_small(folder / index, 1 << 28)} if index in storage.listdir(folder) else {}
+    """SHA-256 of the side files, and of the indices of weight files that ``folder`` has."""
+    indices = [name for name in storage.files_below(folder) if name.endswith(".safetensors.index.json")]
+    beside = {name: storage.read_small(folder / name, 1 << 28) for name in indices}
     return {name: hashlib.sha256(data).hexdigest() for name, data in {**files, **beside}.items()}
 
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from ..kernels import random
 from ..kernels.dtypes import DTYPES
 from ..kernels.generate import precision_of
-from ..kernels.program import ByRow, Call, Draw, Mask, Operand, row_length
+from ..kernels.program import ByRow, Call, Draw, Mask, Operand
 
 if TYPE_CHECKING:
     from .tiles import Tile
@@ -24,9 +24,9 @@ Reader = Callable[[Operand], npt.NDArray[Any]]
 _STRIP = 1 << 16
 
 
-def rows_called(call: Call, tile: Tile) -> npt.NDArray[Any]:
-    """What a function of rows returns for the rows of one tile."""
-    return _rows(call, tile, row_length(call.operands()[0].shape), 0, tile.count)
+def rows_called(call: Call, tile: Tile, length: int) -> npt.NDArray[Any]:
+    """What a function of rows, of ``length`` elements each, returns for the rows of one tile."""
+    return _rows(call, tile, length, 0, tile.count)
 
 
 def compute(operand: ByRow, tile: Tile, out: npt.NDArray[Any]) -> None:

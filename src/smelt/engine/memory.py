@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +50,7 @@ def merge_tensors(
     device: str = "cpu",
     threads: int | None = None,
     on_nonfinite: Policy = "error",
+    on_extra: Literal["error", "copy"] = "error",
     differentiable: bool = False,
 ) -> dict[str, Any]:
     """Merge dicts of arrays, or live models, by the method called ``method``.
@@ -74,6 +75,7 @@ def merge_tensors(
     config: the models' config.json, for methods that ask which layer a tensor belongs to; without it the
         layers are told from the names.
     device: "cpu", or a torch device such as "cuda".
+    on_extra: what becomes of a tensor that only some models have: "error", or "copy" from the first that has it.
     differentiable: let gradients flow from the result to the models' torch tensors and to parameters given as
         torch scalars (per model: a sequence of them, or a vector). They flow through the element formula;
         statistics (norms, thresholds, random draws) count as constant. Methods on whole matrices refuse it.
@@ -92,7 +94,7 @@ def merge_tensors(
     given, each_given = dict(parameters or {}), {name: list(values) for name, values in (per_model or {}).items()}
     shared, each = constant_parameters(chosen, numbers(given), numbers(each_given), len(models), parts)
     UsageError.gather(check_counts(chosen, len(models), base is not None))
-    inputs = _Inputs(chosen, models, base, statistics, masks, tied or {}, config or {})
+    inputs = _Inputs(chosen, models, base, statistics, masks, tied or {}, config or {}, on_extra)
     tensors = [inputs.tensor(name, shared, each, seed) for name in inputs.merged(shared)]
     inputs.check_statistics()
     chosen.check_layers(tensors)
@@ -152,7 +154,7 @@ class _Inputs:
     def __init__(
         self, method: Method, models: Sequence[Any], base: Any,
         statistics: Sequence[Mapping[str, Arrays]] | None, masks: Sequence[Arrays] | None, tied: Mapping[str, str],
-        config: Mapping[str, Any],
+        config: Mapping[str, Any], on_extra: str,
     ) -> None:  # fmt: skip
         self._method = method
         self._live: dict[int, Arrays] = {}
@@ -162,7 +164,8 @@ class _Inputs:
         self._finder = Finder(method)
         self._masks = [load(arrays, label=f"mask of model {i}") for i, arrays in enumerate(masks or ())]
         self._everything = [*([self._base] if self._base is not None else []), *self._models]
-        self.names = self._common_names()
+        self.names = self._common_names(on_extra)
+        self._extra = frozenset(name for name in self.names if any(name not in c for c in self._everything))
         self._aliases = {alias: owner for alias, owner in {**self._ties(), **tied}.items() if alias != owner}
         shapes = {name: info.shape for name, info in self._everything[0].tensors.items()} if self._everything else {}
         self._roles = Structure.of(shapes, config) if config else Structure.by_names(shapes)
@@ -174,14 +177,14 @@ class _Inputs:
         self._live[id(checkpoint)] = {} if isinstance(arrays, Checkpoint) else arrays
         return checkpoint
 
-    def _common_names(self) -> list[str]:
-        """Names that all inputs have, after checking that they agree on names, shapes and kinds."""
+    def _common_names(self, on_extra: str) -> list[str]:
+        """All names, after checking that inputs agree on shapes, and unless extra ones are copied on names."""
         names = sorted(set().union(*self._everything))
         problems = []
         for name in names:
             missing = [checkpoint.label for checkpoint in self._everything if name not in checkpoint]
             shapes = {c.label: c.tensors[name].shape for c in self._everything if name in c}
-            if missing:
+            if missing and on_extra == "error":
                 problems.append(f"tensor {show(name)} is missing in {', '.join(missing)}")
             elif len(set(shapes.values())) > 1:
                 problems.append(f"tensor {show(name)}: shapes differ: {shapes}")
@@ -195,10 +198,13 @@ class _Inputs:
         """The tensors that the method sees: floating, not excluded, not an alias."""
         patterns = [re.compile(pattern) for pattern in shared.get("exclude", ())]
         excluded = {name for name in self.names if any(pattern.match(name) for pattern in patterns)}
-        return [n for n in self.names if n not in excluded and n not in self._aliases and self._floating(n)]
+        left = excluded | self._extra | set(self._aliases)
+        return [name for name in self.names if name not in left and self._floating(name)]
 
     def _floating(self, name: str) -> bool:
-        return all(DTYPES[checkpoint.tensors[name].dtype].arithmetic for checkpoint in self._everything)
+        return all(
+            DTYPES[checkpoint.tensors[name].dtype].arithmetic for checkpoint in self._everything if name in checkpoint
+        )
 
     def tensor(self, name: str, shared: Mapping[str, Any], each: Mapping[str, Any], seed: int) -> Tensor:
         masks = tuple(CheckpointOperand(mask, name) for mask in self._masks if name in mask)
@@ -239,6 +245,8 @@ class _Inputs:
         jobs = []
         merged = {tensor.name: tensor for tensor in tensors}
         for name, sources in self._sources():
+            if name in self._extra:
+                continue
             code = _output_dtype([source.native for source in sources], dtype)
             models = sources[-len(self._models) :] if self._floating(name) else []
             parts = parts_of(method, merged[name], code) if name in merged else own_parts(name, models, code)
@@ -251,13 +259,15 @@ class _Inputs:
         """Each tensor that is no alias, with its operands: the base's first, then the models'."""
         for name in self.names:
             if name not in self._aliases:
-                yield name, [CheckpointOperand(checkpoint, name) for checkpoint in self._everything]
+                yield name, [CheckpointOperand(c, name) for c in self._everything if name in c]
 
     def _begin(
         self, name: str, tensor: Tensor | None, method: Method, task: int | None
     ) -> Callable[[], Steps | Output]:
         if tensor is not None:
             return lambda: method.merge(tensor)
+        if name in self._extra:
+            return partial(Copy, next(CheckpointOperand(c, name) for c in self._everything if name in c))
         kept = method.keeper(len(self._models), task) if self._floating(name) else None
         return partial(Copy, CheckpointOperand(self._everything[0] if kept is None else self._models[kept], name))
 

@@ -38,6 +38,7 @@ class Options:
     raw: bool = False
     stages: Path | None = None
     truncate_embeddings: bool = False
+    allow_pickle: bool = False
     overwrite: bool = False
     resume: bool | None = None
 
@@ -46,7 +47,8 @@ def options_of(
     *, device: str = "cpu", threads: int | None = None, memory: str | int = "1GiB", seed: int | None = None,
     shard_size: str | int | None = None, on_extra: str = "error", on_nonfinite: str = "error", force: bool = False,
     strict: bool = False, card: bool = True, raw: bool = False, stages: str | Path | None = None,
-    truncate_embeddings: bool = False, overwrite: bool = False, resume: bool | None = None,
+    truncate_embeddings: bool = False, allow_pickle: bool = False, overwrite: bool = False,
+    resume: bool | None = None,
 ) -> Options:  # fmt: skip
     """Check every option; UsageError with all that is wrong."""
     problems = []
@@ -65,7 +67,7 @@ def options_of(
     UsageError.gather(problems)
     return Options(
         device, threads or usable_cores(), budget, seed, shard, on_extra, on_nonfinite, force, strict, card, raw,  # type: ignore[arg-type]
-        None if stages is None else Path(stages), truncate_embeddings, overwrite, resume,
+        None if stages is None else Path(stages), truncate_embeddings, allow_pickle, overwrite, resume,
     )  # fmt: skip
 
 

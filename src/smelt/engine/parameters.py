@@ -7,8 +7,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..methods.lines import AFTER_A_METHOD, Lines
-from ..methods.parts import EVERY
-from ..methods.registry import REQUIRED, Method, Parameter
+from ..methods.registry import EVERY, REQUIRED, Method, Parameter
 from ..recipe import did_you_mean
 
 

@@ -2,8 +2,9 @@
 
 A result in parts holds for each merged tensor ``unified/<tensor>``, and for each task ``mask.<task>/<tensor>``
 (uint8: eight elements to a byte, the first in the most significant bit, padded at the end) and, where the
-method rescales, ``rescale.<task>/<tensor>`` (float32, one number). Tensors that are not merged are
-``own.<task>/<tensor>``, whole.
+method rescales, ``rescale.<task>/<tensor>`` (float32, one number); or for each task ``factors.<task>/<tensor>``
+(a row per singular triplet) or ``delta.<task>/<tensor>``. Tensors that are not merged are ``own.<task>/<tensor>``,
+whole. See :mod:`smelt.methods.parts`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..kernels.program import Bits, Copy, Number, Operand, Output
+from ..kernels.program import Bits, Copy, Number, Operand, Output, Whole
 from ..methods import Method, Tensor
 
 
@@ -43,4 +44,6 @@ def own_parts(name: str, models: Sequence[Operand], dtype: str) -> list[Part]:
 def _stored(output: Output, dtype: str, tensor: Tensor) -> tuple[str, tuple[int, ...]]:
     if isinstance(output, Bits):
         return "U8", (-(-tensor.count // 8),)
+    if isinstance(output, Whole) and output.shape is not None:
+        return dtype, output.shape
     return ("F32", ()) if isinstance(output, Number) else (dtype, tensor.shape)

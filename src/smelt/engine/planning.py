@@ -13,11 +13,13 @@ from types import MappingProxyType
 from typing import Any
 
 from .. import storage
+from ..checkpoint.gguf import GgufLayout
 from ..errors import UsageError, show
 from ..kernels.dtypes import DTYPES
 from ..methods import Method, Tensor, get
 from ..recipe import Recipe, not_yet, parse, parse_mapping
 from .alignment import Alignment, align, truncate
+from .gguf import gguf_layout, in_gguf, tokenizer_notices
 from .inputs import Inputs, Places
 from .layout import Layout, layout
 from .options import BASELINE, SHARD_SIZE, Options
@@ -35,8 +37,8 @@ from .views import contains
 class Plan:
     """The exact work. ``stages`` are the plans of the recipes whose results this one takes, which the figures
     do not count, but for ``disk_needed``. ``paths`` are local ones that the recipe's text names beside those
-    of the inputs. ``measured`` are per-model parameters that came from files: (model, values). ``close()``
-    releases the inputs.
+    of the inputs. ``measured`` are per-model parameters that came from files: (model, values). ``gguf`` is where
+    everything lies in the one file that is wanted of that format. ``close()`` releases the inputs.
     """
 
     recipe: Recipe
@@ -53,6 +55,7 @@ class Plan:
     stages: tuple[Plan, ...] = ()
     paths: tuple[str, ...] = ()
     measured: tuple[tuple[str, dict[str, float]], ...] = ()
+    gguf: GgufLayout | None = None
 
     @property
     def passes(self) -> tuple[int, int]:
@@ -74,6 +77,11 @@ class Plan:
 
     @property
     def bytes_written(self) -> int:
+        return self.bytes_made if self.gguf is None else self.gguf.size
+
+    @property
+    def bytes_made(self) -> int:
+        """Of the tensors as they are computed: more than is written where that is quantised."""
         return sum(output.nbytes for output in self.outputs)
 
     @property
@@ -98,8 +106,12 @@ class Plan:
         operands = sum(source.nbytes for source in output.piece.sources)
         beside = sum(operand.count * DTYPES[operand.dtype].bits // 8 for operand in output.statistics)
         row, more = (1, 0) if output.tensor is None else self.method.holds(output.tensor)
-        held = min(output.count, TILE + row - 1)
-        tile = held / max(1, output.count)
+        if more and row >= output.count:  # whole operands are read one by one, and widened
+            stored = max(source.nbytes for source in output.piece.sources)
+            return stored + row * more + (4 << 20)
+        count = output.count if output.tensor is None else output.tensor.count
+        held = min(count, TILE + row - 1)
+        tile = held / max(1, count)
         return int(2 * tile * (operands + beside + output.nbytes)) + held * more + (4 << 20)
 
     def as_dict(self) -> dict[str, Any]:
@@ -182,7 +194,7 @@ def make_plan(recipe: Recipe, options: Options, places: Places = MappingProxyTyp
     UsageError.gather([*problems, *in_parts, *_idle_statistics(recipe, method)])
     method = with_lines(recipe, method)
     UsageError.gather(_counts(recipe, method))
-    inputs = Inputs(recipe, places, raw=options.raw)
+    inputs = Inputs(recipe, places, raw=options.raw, allow_pickle=options.allow_pickle)
     try:
         return _planned(recipe, method, options, inputs)
     except BaseException:
@@ -233,11 +245,16 @@ def _planned(recipe: Recipe, method: Method, options: Options, inputs: Inputs) -
         outputs = maker.in_parts(outputs, chart.pieces)
     notices += [*tokens.notices, *id_notices(inputs.donor.checkpoint, tokens)] if tokens is not None else []
     notices += alignment.notices if alignment is not None else ()
+    as_gguf = recipe.output is not None and recipe.output.format == "gguf"
+    notices += tokenizer_notices(inputs.donor) if tokens is None and not as_gguf else []
     made = Plan(
         recipe, method, maker.resolver.variant, seed, options, inputs, chart, tuple(outputs), notices,
         tokens=None if tokens is None else replace(tokens, known={}), alignment=alignment,
         measured=maker.resolver.measured(),
     )  # fmt: skip
+    if as_gguf:
+        file = gguf_layout(made)
+        made = replace(made, outputs=in_gguf(made.outputs, file), gguf=file, notices=[*notices, *file.notices])
     UsageError.gather(_memory_problems(made))
     return made
 
@@ -278,7 +295,6 @@ def _memory_problems(made: Plan) -> list[str]:
     if needed <= given:
         return []
     alone = replace(made, options=replace(made.options, threads=1)).peak_memory
-    return [
-        f"memory: {-(-needed >> 20)}MiB are needed with {made.options.threads} threads and {-(-alone >> 20)}MiB "
-        f"with 1, {given >> 20}MiB allowed"
-    ]
+    fewer = f" ({alone >> 20}MiB with one)" if alone < needed else ""
+    threads = made.options.threads
+    return [f"memory: {needed >> 20}MiB are needed with {threads} threads{fewer}, {given >> 20}MiB allowed"]

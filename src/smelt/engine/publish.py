@@ -12,7 +12,7 @@ import os
 import platform
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -53,6 +53,13 @@ def check_space(out: Path, needed: int) -> None:
 def work_folder(out: Path) -> Path:
     """Where runs that write ``out`` keep what is not finished."""
     return out.absolute().parent / f"{out.name}{SUFFIX}"
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write and sync small files, whose names may lead to folders below."""
+    for name, data in sorted(files.items()):
+        storage.make_way(folder / name)
+        storage.write_small(folder / name, data)
 
 
 @contextmanager

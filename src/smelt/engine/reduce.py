@@ -233,12 +233,13 @@ class RowsReducer:
         self.done = False
         self.result: Any = None
         self._total = request.total
+        self._length = self.calls[0].count if request.whole else row_length(self.calls[0].operands()[0].shape)
 
     def row(self, call: Call) -> int | None:
-        return row_length(call.operands()[0].shape)
+        return self._length
 
     def tile(self, call: Call, tile: Tile) -> Any:
-        return rows_called(call, tile)
+        return rows_called(call, tile, self._length)
 
     def absorb(self, partials: Partials) -> None:
         parts = [part for _, part in partials]

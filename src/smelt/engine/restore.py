@@ -14,8 +14,8 @@ import numpy.typing as npt
 from .. import storage
 from ..checkpoint import Checkpoint, TensorInfo, load, plan_shards
 from ..errors import InputRejected, show
-from ..kernels.program import Call, Copy, Mask, call
-from ..methods.parts import restored
+from ..kernels.program import Call, Copy, Mask, Whole, call
+from ..methods.parts import added, expanded, restored
 from ..methods.tensors import identity
 from .device import mapper_for
 from .execute import Executor, Job, Sink, usable_cores
@@ -24,7 +24,7 @@ from .manifest import NAME, dump, manifest, sums_of
 from .memory import ArraySink
 from .operands import CheckpointOperand
 from .options import SHARD_SIZE
-from .publish import check_destination, check_space, staging
+from .publish import check_destination, check_space, staging, write_files
 from .side_files import side_files
 from .sink import write_tensors
 
@@ -33,7 +33,7 @@ def restore_task(
     parts: str | Path | Mapping[str, Any], base: str | Path | Mapping[str, Any], task: int,
     out: str | Path | None = None, *, threads: int | None = None,
 ) -> Any:  # fmt: skip
-    """The model of one task: base + rescale * mask * unified, tensor by tensor.
+    """The model of one task: base + rescale * mask * unified, or base + its own factors, tensor by tensor.
 
     Parameters
     ----------
@@ -71,9 +71,10 @@ def _write(made: Checkpoint, base: Checkpoint, task: int, out: Path, jobs: Seque
     config = read_config(base)
     files = {**side_files(base), **({} if config is None else {"config.json": config})}
     with staging(out) as folder:
-        written = write_tensors(folder, plan_shards(tensors, SHARD_SIZE), lambda sink: _run(jobs, sink, threads))
-        for name, data in sorted(files.items()):
-            storage.write_small(folder / name, data)
+        written = write_tensors(
+            folder, plan_shards(tensors, SHARD_SIZE, parts=base.parts), lambda sink: _run(jobs, sink, threads)
+        )
+        write_files(folder, files)
         content = manifest(
             recipe=f"restore_task(task={task})", method="restore_task", variant="paper", seed=0,
             inputs=[], statistics=[], tensors=written, files=sums_of(folder, files), notices=[],
@@ -104,9 +105,13 @@ def _job(made: Checkpoint, base: Checkpoint, name: str, task: int) -> Job:
     return Job(name, origin.dtype, origin.count, [origin], partial(identity, output))
 
 
-def _output(made: Checkpoint, origin: CheckpointOperand, name: str, task: int) -> Call | Copy:
+def _output(made: Checkpoint, origin: CheckpointOperand, name: str, task: int) -> Call | Copy | Whole:
     if f"own.{task}/{name}" in made:
         return Copy(CheckpointOperand(made, f"own.{task}/{name}"))
+    if f"factors.{task}/{name}" in made:
+        return Whole(expanded, {"base": origin, "factors": CheckpointOperand(made, f"factors.{task}/{name}")})
+    if f"delta.{task}/{name}" in made:
+        return call(added, base=origin, vector=CheckpointOperand(made, f"delta.{task}/{name}"))
     if f"unified/{name}" not in made:
         return Copy(origin)
     bits = Unpacked(CheckpointOperand(made, f"mask.{task}/{name}"), origin.shape, origin.count)
@@ -119,10 +124,24 @@ def _output(made: Checkpoint, origin: CheckpointOperand, name: str, task: int) -
 
 def _problems(made: Checkpoint, base: Checkpoint, task: int) -> list[str]:
     """Names and shapes that do not fit, or a task that is not there."""
-    tasks = sorted({int(found[1]) for name in made if (found := re.match(r"mask\.(\d+)/", name))})
+    tasks = sorted({int(found[1]) for name in made if (found := re.match(r"(?:mask|factors|delta)\.(\d+)/", name))})
     if task not in tasks:
-        return [f"{made.label}: no masks of task {task}, there are those of {', '.join(map(str, tasks)) or 'none'}"]
-    vectors = [name for name in made if name.startswith(("unified/", f"own.{task}/"))]
+        return [f"{made.label}: no parts of task {task}, there are those of {', '.join(map(str, tasks)) or 'none'}"]
+    return [*_wrong_factors(made, base, task), *_wrong_vectors(made, base, task)]
+
+
+def _wrong_factors(made: Checkpoint, base: Checkpoint, task: int) -> list[str]:
+    found = {name: base.tensors.get(name.partition("/")[2]) for name in made if name.startswith(f"factors.{task}/")}
+    return [
+        f"tensor {show(name)} in {made.label} is {list(made.tensors[name].shape)}, which are no factors of what "
+        f"{base.label} has ({list(known.shape) if known else 'no such tensor'}): these parts belong to another base"
+        for name, known in found.items()
+        if known is None or len(known.shape) != 2 or made.tensors[name].shape[1:] != (sum(known.shape) + 1,)
+    ]
+
+
+def _wrong_vectors(made: Checkpoint, base: Checkpoint, task: int) -> list[str]:
+    vectors = [name for name in made if name.startswith(("unified/", f"own.{task}/", f"delta.{task}/"))]
     shapes = {name: (made.tensors[name].shape, base.tensors.get(name.partition("/")[2])) for name in vectors}
     return [
         f"tensor {show(name)} in {made.label} is {list(shape)}, {base.label} has "

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from .. import storage
-from ..checkpoint import TensorInfo, plan_shards
+from ..checkpoint import Part, TensorInfo, plan_shards
+from ..checkpoint.gguf import GgufWriter
 from ..errors import InputRejected, show
 from ..kernels.program import Copy
 from ..methods import Model
 from ..recipe import Stage
 from .backbone import compare_backbones
-from .card import card, hub_id, without_paths
-from .config import patched_config
+from .card import card, hub_id, library_of, without_paths
+from .config import patched_configs
 from .device import mapper_for
 from .execute import Executor, Job, Steps
 from .findings import Finding
@@ -29,8 +30,8 @@ from .options import options_of
 from .outputs import Output
 from .planning import Plan, RecipeLike, make_plan
 from .progress import Progress, Silent
-from .publish import check_destination, check_space, claim, staging, work_folder
-from .sink import DiskSink, write_tensors
+from .publish import check_destination, check_space, claim, staging, work_folder, write_files
+from .sink import DiskSink, write_tensors, write_through
 from .stages import fingerprint, home_of, local_paths, plan_stages, stages_of, workplace
 from .views import alike
 from .whole import read_whole
@@ -71,7 +72,8 @@ def merge(
         "allow"), force (merge models that do not share a backbone), strict (warnings are errors), card, raw
         (bare tensors: no config, layers, ties or side files), stages (a folder that keeps the results of the
         recipes that others take, for a later run; by default they do not last), truncate_embeddings (cut
-        embeddings of different vocabularies to their common length), overwrite (replace ``out`` at once, when
+        embeddings of different vocabularies to their common length), allow_pickle (read pickled weights, too),
+        overwrite (replace ``out`` at once, when
         the result is whole), resume (None: continue what a run of the same recipe, options and files left when
         it was killed, and leave nothing after a failure; True: leave it, to be continued; False: begin anew).
 
@@ -192,8 +194,9 @@ def _write_weights(
 
     Returns name -> dtype, shape, file, sha256. ``warnings`` are part of the result, what is ``told`` is not.
     """
-    progress.start(plan.bytes_read + plan.bytes_written, "merging")
-    shards = plan_shards([TensorInfo(o.name, o.dtype, o.shape) for o in plan.outputs], plan.shard_size)
+    progress.start(plan.bytes_read + plan.bytes_made, "merging")
+    tensors = [TensorInfo(output.name, output.dtype, output.shape) for output in plan.outputs]
+    parts = (Part(),) if plan.recipe.in_parts else plan.inputs.donor.checkpoint.parts
     seen: list[str] = []
     outputs = {output.name: output for output in plan.outputs}
     with Journal(folder.parent / JOURNAL, lambda name: reads_of(plan.inputs.ledger, outputs[name])) as journal:
@@ -207,7 +210,9 @@ def _write_weights(
             _execute(plan, sink, progress, warn)
 
         try:
-            return write_tensors(folder, shards, fill, journal)
+            if plan.gguf is not None:
+                return write_through(GgufWriter(folder, plan.gguf), plan.gguf.tensors, fill)
+            return write_tensors(folder, plan_shards(tensors, plan.shard_size, parts=parts), fill, journal)
         finally:
             progress.finish()
             warnings += sorted(seen)
@@ -276,8 +281,7 @@ def _write_side_files(plan: Plan, folder: Path, title: str, tensors: dict[str, A
     """
     notices = [_public(plan, warning) for warning in warnings]
     files = {} if plan.recipe.in_parts else _model_files(plan, title, notices)
-    for name, data in sorted(files.items()):
-        storage.write_small(folder / name, data)
+    write_files(folder, files)
     content = manifest(
         recipe=_public(plan, plan.recipe.text), method=plan.method.name, variant=plan.variant, seed=plan.seed,
         inputs=[identity(item, plan.inputs.ledger) for item in plan.inputs],
@@ -298,10 +302,8 @@ def _options(plan: Plan) -> dict[str, Any]:
 
 
 def _model_files(plan: Plan, title: str, notices: Sequence[str]) -> dict[str, bytes]:
-    files = plan.side_files()
-    config = patched_config(plan)
-    if config is not None:
-        files["config.json"] = config
+    """Of a GGUF file only the card: it holds the rest itself."""
+    files = {} if plan.gguf is not None else plan.side_files() | patched_configs(plan)
     if plan.options.card:
         files["README.md"] = _card(plan, title, notices).encode()
     return files
@@ -320,6 +322,7 @@ def _card(plan: Plan, title: str, notices: Sequence[str]) -> str:
         license_name=licence_of(plan.inputs),
         recipe=_public(plan, plan.recipe.text),
         notices=notices,
+        library=library_of(plan.inputs.donor.checkpoint.beside),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import UsageError
 from ..methods import REQUIRED, Method, Parameter
 from ..methods.lines import AFTER_A_METHOD, wrapped
-from ..methods.parts import EVERY
+from ..methods.registry import EVERY
 from ..recipe import Recipe, Setting, convert, did_you_mean, levels, resolve_parameter
 from .layout import Piece, Source
 from .parameters import lines_of, unknown_parameter
@@ -68,7 +68,7 @@ def _idle(recipe: Recipe, method: Method) -> list[str]:
         if name == "task" and recipe.in_parts:
             return EVERY
         value = recipe.parameters[name].resolve(0.0, "") if name in recipe.parameters else None
-        return known[name].default if value is None else convert(value, known[name].kind)
+        return known[name].default_for(variant) if value is None else convert(value, known[name].kind)
 
     idle = [(text.partition(" ")[0], text) for text in method.idle(places, value_of)]
     return [places[name].report(f"{method.name}: {text}") for name, text in idle]

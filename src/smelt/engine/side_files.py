@@ -21,7 +21,7 @@ _OTHERS = (
 def side_files(donor: Checkpoint, tokens: Tokens | None = None) -> dict[str, bytes]:
     """All of them by name; the tokenizer's as ``tokens`` has them, or else as the donor has them."""
     stored = donor.side_files
-    files = files_in(stored, _OTHERS)
+    files = files_in(stored, (*_OTHERS, *donor.beside))
     if tokens is None:
         return files | files_in(stored, FILES)
     if _GENERATION in files:

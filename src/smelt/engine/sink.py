@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from .. import storage
 from ..checkpoint import CheckpointWriter, Shard, TensorInfo
+from ..checkpoint.gguf import GgufWriter
 from ..kernels.dtypes import DTYPES
 from .execute import usable_cores
 from .journal import Journal
@@ -61,14 +62,17 @@ class OrderedDigest:
         return self._hash.hexdigest()
 
 
+Writer = CheckpointWriter | GgufWriter
+
+
 class DiskSink:
-    """Writes tiles through a CheckpointWriter and keeps the SHA-256 of every tensor.
+    """Writes tiles through a writer and keeps the SHA-256 of every tensor, as it will be read.
 
     ``done``: of tensors that are there from an earlier run; they are not to be written.
     """
 
     def __init__(
-        self, writer: CheckpointWriter, tensors: Sequence[TensorInfo], journal: Journal | None = None,
+        self, writer: Writer, tensors: Sequence[TensorInfo], journal: Journal | None = None,
         done: Mapping[str, str] = MappingProxyType({}),
     ) -> None:  # fmt: skip
         self.done = done
@@ -77,14 +81,13 @@ class DiskSink:
         self._digests = {name: OrderedDigest() for name in self._sizes if name not in done}
 
     def write(self, name: str, start: int, array: npt.NDArray[Any], release: Callable[[], None]) -> None:
-        self._writer.write(name, start, array)
-        self._digests[name].add(start, array, release)
+        self._digests[name].add(start, self._writer.write(name, start, array), release)
 
     def finish(self, name: str) -> None:
         """Called by one thread alone."""
         if self._journal is not None:
             self._journal.add(name, self._digests[name].hexdigest(), self._sizes[name])
-            if self._journal.is_due:
+            if self._journal.is_due and isinstance(self._writer, CheckpointWriter):
                 self._journal.commit(self._writer.sync)
 
     def sha256(self) -> dict[str, str]:
@@ -101,16 +104,25 @@ def write_tensors(
     Returns name -> dtype, shape, file, sha256.
     """
     tensors = [info for shard in shards for info in shard.tensors]
-    if journal is not None:
-        _remove_others(folder, {shard.file for shard in shards})
-    writer = CheckpointWriter(folder, shards, again=journal is not None)
+    if journal is None:
+        return write_through(CheckpointWriter(folder, shards), tensors, fill)
+    _remove_others(folder, {shard.file for shard in shards})
+    return write_through(CheckpointWriter(folder, shards, again=True), tensors, fill, journal)
+
+
+def write_through(
+    writer: Writer, tensors: Sequence[TensorInfo], fill: Callable[[DiskSink], None], journal: Journal | None = None
+) -> dict[str, dict[str, Any]]:
+    """The same with a writer that has been opened; it is closed in any case. Only safetensors have a journal."""
     try:
-        done = {} if journal is None else _intact(writer, tensors, journal.finished)
-        for name in done:
-            writer.skip(name)
+        done: dict[str, str] = {}
+        if journal is not None and isinstance(writer, CheckpointWriter):
+            done = _intact(writer, tensors, journal.finished)
+            for name in done:
+                writer.skip(name)
         sink = DiskSink(writer, tensors, journal, done)
         fill(sink)
-        if journal is not None:
+        if journal is not None and isinstance(writer, CheckpointWriter):
             journal.commit(writer.sync)
         writer.finish()
     finally:
@@ -124,7 +136,7 @@ def write_tensors(
 
 def _remove_others(folder: Path, wanted: set[str]) -> None:
     """What an earlier run wrote beside the weights: it is written again."""
-    for name in set(storage.listdir(folder)) - wanted:
+    for name in set(storage.files_below(folder)) - wanted:
         storage.remove_file(folder / name)
 
 

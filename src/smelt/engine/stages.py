@@ -24,7 +24,7 @@ from .. import storage
 from ..checkpoint import Checkpoint, TensorInfo
 from ..errors import OperationFailed, UsageError, show
 from ..recipe import ModelReference, Recipe, Stage, in_order
-from .config import patched_config
+from .config import patched_configs
 from .inputs import Input, Places
 from .manifest import versions
 from .options import Options, options_of
@@ -53,6 +53,11 @@ def stages_of(recipe: RecipeLike, models: Mapping[str, Any]) -> list[Stage]:
         for name in models
         if name in taken or name not in named
     )  # fmt: skip
+    UsageError.gather(
+        recipe.position("output").report("a result that another document takes is not written as gguf")
+        for recipe in recipes[:-1]
+        if recipe.output is not None and recipe.output.format == "gguf"
+    )
     return stages
 
 
@@ -92,8 +97,10 @@ class Promised(Checkpoint):
         self.label = label
         outputs = sorted(plan.outputs, key=lambda output: output.name)
         self.tensors = {output.name: TensorInfo(output.name, output.dtype, output.shape) for output in outputs}
-        self._files = plan.side_files() | {"config.json": patched_config(plan) or b"{}"}
-        self.config = json.loads(self._files["config.json"])
+        self._files = plan.side_files() | patched_configs(plan)
+        self.config = json.loads(self._files.get("config.json", b"{}"))
+        donor = plan.inputs.donor.checkpoint
+        self.parts, self.beside = donor.parts, donor.beside
 
     @property
     def side_files(self) -> Mapping[str, bytes]:

@@ -71,8 +71,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _verify_files(folder: Path, wanted: Mapping[str, str], found: Verification) -> None:
     """Side files byte by byte; files that nobody listed."""
-    present = set(storage.listdir(folder)) - {NAME}
-    weights = {name for name in present if name.endswith(".safetensors")}
+    present = set(storage.files_below(folder)) - {NAME}
+    weights = {name for name in present if name.endswith((".safetensors", ".gguf"))}
     found.problems += [f"file {show(name)} is missing" for name in sorted(set(wanted) - present)]
     found.problems += [f"file {show(name)} is not in the manifest" for name in sorted(present - weights - set(wanted))]
     for name in sorted(set(wanted) & present):
@@ -83,7 +83,7 @@ def _verify_files(folder: Path, wanted: Mapping[str, str], found: Verification) 
 
 def _verify_tensors(folder: Path, wanted: Mapping[str, Any], found: Verification, progress: Progress) -> None:
     adapter = {tensor.get("file") for tensor in wanted.values()} == {ADAPTER}
-    with load_adapter(folder) if adapter else load(folder) as checkpoint:
+    with load_adapter(folder) if adapter else load(folder, as_stored=True) as checkpoint:
         names = set(checkpoint.tensors)
         found.problems += [f"tensor {show(name)} is missing" for name in sorted(set(wanted) - names)]
         found.problems += [f"tensor {show(name)} is not in the manifest" for name in sorted(names - set(wanted))]
@@ -97,7 +97,7 @@ def _verify_tensors(folder: Path, wanted: Mapping[str, Any], found: Verification
 def _changed_headers(folder: Path, tensors: Mapping[str, Any]) -> Iterator[str]:
     """Weight files whose header reads well, but is not that which smelt writes for these tensors."""
     files = {str(tensor.get("file")) for tensor in tensors.values()}
-    for file in sorted(name for name in files if name.endswith(".safetensors")):
+    for file in sorted(name for name in files if name.endswith(".safetensors") and "/" not in name):
         entries = [(name, tensor) for name, tensor in tensors.items() if tensor.get("file") == file]
         wanted = plan_file(file, [TensorInfo(name, t["dtype"], tuple(t["shape"])) for name, t in entries]).header
         if storage.read_start(folder / file, len(wanted)) != wanted:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from ..errors import OperationFailed, show
 from ..kernels.blas import one_thread
 from ..kernels.dtypes import DTYPES, narrowed
-from ..kernels.program import Copy, Operand, Whole
+from ..kernels.program import Copy, Operand, Whole, row_length
 from .device import Mapper, nonfinite
 from .matrices import called, rows_called
 from .tiles import TILE, BufferPool, Tile
@@ -38,6 +38,8 @@ def run_whole(output: Whole, job: Job, tile: Tile, mapper: Mapper, sink: Sink, b
 
     with one_thread():
         result = called(output.call, read, (0, job.count), shape)
+    if output.shape is not None and gaps.any():
+        raise OperationFailed(f"tensor {show(job.name)}: a task vector with NaN or Inf has no factors: exclude it")
     _write(result, 0, job, sink, buffers, gaps.reshape(-1) if gaps.any() else None)
 
 
@@ -55,7 +57,7 @@ def _read_checked(operand: Operand, name: str, whole: Tile, mapper: Mapper, buff
 
 def run_rows(output: Whole, job: Job, tile: Tile, sink: Sink, buffers: BufferPool) -> None:
     """Call the function on the rows of one tile and write its result."""
-    _write(rows_called(output.call, tile), tile.start, job, sink, buffers)
+    _write(rows_called(output.call, tile, row_length(job.inputs[0].shape)), tile.start, job, sink, buffers)
 
 
 def read_whole(operand: Operand) -> npt.NDArray[Any]:

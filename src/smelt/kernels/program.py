@@ -213,12 +213,14 @@ class Rows:
 
     ``function(**arguments)`` sees a few whole rows at a time, each Operand as an array (rows, row length) of
     the computing precision, and returns an array that begins with the same number of rows; it must treat
-    every row alone. Result: the parts joined along the first axis, or with ``total`` added up in order.
+    every row alone. Result: the parts joined along the first axis, or with ``total`` added up in order. With
+    ``whole`` the tensor is one row, and the result is what the function returns.
     """
 
     function: Callable[..., Any]
     arguments: Mapping[str, Argument] = field(default_factory=dict)
     total: bool = False
+    whole: bool = False
 
     @property
     def calls(self) -> tuple[Call, ...]:
@@ -241,12 +243,14 @@ class Whole:
 
     ``function(**arguments)`` receives each Operand as a numpy array of the computing precision (float32, or
     float64 where an input is), Masks and Draws as boolean arrays. With ``by_rows`` it is called for a few
-    whole rows at a time, as (rows, row length), in bounded memory; it must treat every row alone.
+    whole rows at a time, as (rows, row length), in bounded memory; it must treat every row alone. ``shape``: of
+    what it returns, where that is not the tensor's.
     """
 
     function: Callable[..., Any]
     arguments: Mapping[str, Argument] = field(default_factory=dict)
     by_rows: bool = False
+    shape: tuple[int, ...] | None = None
 
     @property
     def call(self) -> Call:

@@ -26,10 +26,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ..kernels.program import Copy, Rank, Whole, call
-from .descent import Matrix, adam
+from .descent import Matrix, adam, strips
 from .interference import linear_weight, squared_norm
 from .registry import EXCLUDE, Citation, Method, Parameter, Steps
 from .spectral import triplets
+from .task_matrices import held
 from .tensors import Model, Tensor, delta
 
 
@@ -65,8 +66,13 @@ def corrected(base: Any, models: tuple[Any, ...], bars: tuple[float, ...], optio
     common = options["lambda"] * (sum(norms) / len(learnt) if options["relative"] else 1.0)
     factors = [common / norms[i] for i in learnt]
     moved = _correction([changes[i] for i in learnt], factors, len(models), options)
-    parts = (factor * (changes[i] + moved) * kept[i] for factor, i in zip(factors, learnt, strict=True))
-    return np.asarray(base + sum(parts), np.float64)
+    out = np.asarray(base, np.float64).copy()
+    for factor, i in zip(factors, learnt, strict=True):
+        changes[i] += moved
+        changes[i] *= factor
+        changes[i] *= kept[i]
+        out += changes[i]
+    return out
 
 
 def _correction(changes: list[Matrix], factors: list[float], models: int, options: Mapping[str, Any]) -> Matrix:
@@ -74,15 +80,19 @@ def _correction(changes: list[Matrix], factors: list[float], models: int, option
     shared = _shared_directions(changes, models, options["subspace"])
     unit = float(np.sqrt(sum(squared_norm(c) for c in changes) / sum(c.size for c in changes)))
     unit = unit if options["normalise"] else 1.0
-    rows = np.stack(changes, axis=1) / unit
-    total = sum(factors)
-    merged = np.tensordot(rows, np.asarray(factors), (1, 0))
-    gaps = _along(rows, -merged) + (rows * rows).sum(axis=2)
+    rows = np.stack(changes, axis=1)
+    rows /= unit
+    total, parts = sum(factors), strips(changes[0].shape)
+    merged = np.asarray(sum(factor / unit * change for factor, change in zip(factors, changes, strict=True)))
+    gaps = _along(rows, -merged) + np.einsum("rti,rti->rt", rows, rows)
 
     def gradient(place: Matrix) -> Matrix:
-        left = gaps - total * _along(rows, place)
-        slope = -2 * total * (left[:, None, :] @ rows)[:, 0]
-        return np.asarray(slope - shared @ (shared.T @ slope))
+        slope = np.empty_like(place)
+        for part in parts:
+            left = -2 * total * (gaps[part] - total * _along(rows[part], place[part]))
+            slope[part] = (left[:, None, :] @ rows[part])[:, 0]
+        slope -= shared @ (shared.T @ slope)
+        return slope
 
     return unit * adam(np.zeros_like(changes[0]), gradient, options["lr"], options["steps"])
 
@@ -101,7 +111,7 @@ def _shared_directions(changes: list[Matrix], models: int, subspace: int) -> Mat
 
 def holds(tensor: Tensor) -> tuple[int, int]:
     """The task vectors twice and the work of descent."""
-    return (tensor.count, 8 * (2 * tensor.size + 8)) if linear_weight(tensor) else (1, 0)
+    return held(tensor, 21 * tensor.size + 70, 3) if linear_weight(tensor) else (1, 0)
 
 
 METHODS = (

@@ -12,7 +12,7 @@ step does not grow with the number of models.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import sqrt
 from typing import NamedTuple
@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .descent import Matrix
+from .spectral import eigenpairs, triplets
 from .tensors import Tensor
 
 #: Eigenvalues below this share of the largest are rounding: no data lies in these directions.
@@ -63,10 +64,10 @@ class Quadratic:
     def spectrum(self) -> Spectrum:
         """The eigenvectors with an eigenvalue that is not rounding: signs, and turns within equal ones, are free."""
         if self.few:
-            singular, across = np.linalg.svd(self.gram, full_matrices=False)[1:]
-            values, vectors = singular * singular, across.T
+            found = triplets(self.gram)
+            values, vectors = found.sigma**2, found.right
         else:
-            values, vectors = np.linalg.eigh(self.gram)
+            values, vectors = eigenpairs(self.gram)
             values, vectors = values[::-1], vectors[:, ::-1]
         kept = values > _CUT * values.max(initial=0)
         return Spectrum(values[kept], vectors[:, kept])
@@ -78,20 +79,21 @@ class Quadratic:
         return np.asarray(start + way @ spectrum.vectors.T)
 
 
-def quadratic(terms: Iterator[Term], rows: int, shape: tuple[int, int]) -> Quadratic:
-    """The loss of ``terms``, whose probes have ``rows`` rows together, on matrices of this shape."""
-    few = rows < shape[1]
+def quadratic(terms: Iterator[Term], rows: int, shape: tuple[int, int], steps: bool = False) -> Quadratic:
+    """The loss of ``terms``, whose probes have ``rows`` rows together, on matrices of this shape.
+
+    ``steps``: for many gradients, each of which multiplies by Z twice; else for one eigenproblem.
+    """
+    few = (2 if steps else 1) * rows < shape[1]
     pull, gram, stacked = np.zeros(shape), np.zeros((0 if few else shape[1],) * 2), [np.zeros((0, shape[1]))]
     for weight, target, probe in terms:
         scaled = sqrt(weight) * probe
-        if few:
+        own = None if few else scaled.T @ scaled
+        if own is None:
             stacked.append(scaled)
         else:
-            gram += scaled.T @ scaled
-        if len(probe) < shape[1]:
-            pull += (target @ scaled.T) @ scaled
-        else:
-            pull += target @ (scaled.T @ scaled)
+            gram += own
+        pull += target @ own if own is not None and 2 * len(probe) >= shape[1] else (target @ scaled.T) @ scaled
     return Quadratic(pull, np.concatenate(stacked) if few else gram, few)
 
 
@@ -99,6 +101,15 @@ def task_vector(base: npt.NDArray[np.float32], model: npt.NDArray[np.float32]) -
     """Fine-tuned minus base, as a matrix (first axis, the rest)."""
     change = np.subtract(model, base, dtype=np.float64)
     return change.reshape(len(change), -1)
+
+
+def total_of(base: npt.NDArray[np.float32], models: Iterable[npt.NDArray[np.float32]]) -> Matrix:
+    """The sum of all task vectors, one at a time."""
+    first, *others = models
+    total = task_vector(base, first)
+    for model in others:
+        total += task_vector(base, model)
+    return total
 
 
 def squared_norm(matrix: Matrix) -> float:

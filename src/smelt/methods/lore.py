@@ -18,6 +18,7 @@ all where mu exceeds every singular value.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from ..kernels.program import Call, Whole, call
 from .linear import weighted_sum
 from .registry import EXCLUDE, LAMBDA, Citation, Method, Parameter, weight_parameter
 from .spectral import Matrix, triplets
+from .task_matrices import held
 from .tensors import Tensor
 
 #: theta_0 rests once it moves by less than this share of its norm.
@@ -57,7 +59,7 @@ def estimated(models: list[Matrix], threshold: float, rounds: int) -> tuple[Matr
     base = _mean(models)
     deltas = [shrunk(model - base, threshold) for model in models]
     for _ in range(rounds - 1):
-        moved = _mean([model - delta for model, delta in zip(models, deltas, strict=True)])
+        moved = _mean(model - delta for model, delta in zip(models, deltas, strict=True))
         still = np.linalg.norm(moved - base) <= _STILL * np.linalg.norm(base)
         base = moved
         if still:
@@ -66,22 +68,28 @@ def estimated(models: list[Matrix], threshold: float, rounds: int) -> tuple[Matr
     return base, deltas
 
 
-def _mean(matrices: list[Matrix]) -> Matrix:
-    return np.asarray(sum(matrices) / len(matrices), np.float64)
+def _mean(matrices: Iterable[Matrix]) -> Matrix:
+    """One at a time."""
+    total, count = np.zeros(()), 0
+    for matrix in matrices:
+        total, count = total + matrix, count + 1
+    return np.asarray(total / count, np.float64)
 
 
 def shrunk(matrix: Matrix, threshold: float) -> Matrix:
     """``matrix`` with ``threshold`` taken off every singular value, down to 0."""
     if np.linalg.norm(matrix) <= threshold:
         return np.zeros_like(matrix)
-    found = triplets(matrix)
-    kept = found.first(int((found.sigma > threshold).sum()))
+    kept = triplets(matrix, lambda sigma: int((sigma > threshold).sum()))
     return np.asarray((kept.left * (kept.sigma - threshold)) @ kept.right.T)
 
 
 def holds(tensor: Tensor) -> tuple[int, int]:
-    """In fp64 the models and their task vectors; vectors and the Gram matrix of one of them; base and result."""
-    return (1, 0) if len(tensor.shape) < 2 else (tensor.count, 8 * (2 * tensor.size + 8))
+    """Operands in fp32; in fp64 the models, their task vectors, and vectors of one of them; base and result."""
+    if len(tensor.shape) < 2:
+        return 1, 0
+    columns = tensor.count // max(1, tensor.shape[0])
+    return held(tensor, 28 * tensor.size + 40, 3, min(tensor.shape[0], columns))
 
 
 METHODS = (

@@ -12,7 +12,7 @@ in the order given:
 The paper's rescaling after every model is a factor of the sum, which singular vectors do not see, so that one at
 the end is the same. Only linear weights are projected: of token and position tables, vectors and tensors of more
 axes the deltas are added as they are. ``zero_diagonal`` also takes away all u_i v_i^T, as a later version of the
-authors' code does; singular values of zero have no such pair.
+authors' code does; singular values of zero have no such pair. The order counts; ``shuffle`` draws it from the seed.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ from typing import Any
 import numpy as np
 
 from ..kernels.blas import one_thread
-from ..kernels.program import ByRow, Call, Copy, Totals, Whole, call
+from ..kernels.program import ByRow, Call, Copy, Operand, Totals, Whole, call
+from ..kernels.random import key_of, words
 from ..kernels.vocabulary import where
 from .registry import EXCLUDE, Citation, Method, Parameter, Steps
 from .spectral import Matrix, triplets
+from .spectral import finite as without_gaps
 from .task_arithmetic import add_task_vectors
+from .task_matrices import held
 from .tensors import Model, Tensor
 
 # --- the element formulas: what is not finite counts as 0, the pass that makes the output finds it -------------
@@ -82,12 +85,19 @@ def _is_projected(tensor: Tensor) -> bool:
 
 def _given(tensor: Tensor) -> dict[str, Any]:
     return {
-        "base": tensor.base, "models": tensor.models, "alpha": tensor["alpha"], "diagonal": tensor["zero_diagonal"],
+        "base": tensor.base, "models": _in_turn(tensor), "alpha": tensor["alpha"], "diagonal": tensor["zero_diagonal"],
     }  # fmt: skip
 
 
+def _in_turn(tensor: Tensor) -> tuple[Operand, ...]:
+    if not tensor["shuffle"]:
+        return tensor.models
+    drawn = words(key_of(tensor.seed, "order of the models", 0), 0, tensor.size)
+    return tuple(tensor.models[index] for index in np.argsort(drawn, kind="stable"))
+
+
 def _sum_of_row(base: Any, models: tuple[Any, ...], shape: tuple[int, ...], **options: Any) -> Matrix:
-    start, *others = (np.where(np.isfinite(x), x, np.zeros((), x.dtype)).reshape(shape) for x in (base, *models))
+    start, *others = (without_gaps(x).reshape(shape) for x in (base, *models))
     with one_thread():
         return projected_sum(start, tuple(others), **options).reshape(1, -1)
 
@@ -120,9 +130,13 @@ def projected_sum(base: Any, models: tuple[Any, ...], alpha: float, diagonal: bo
 
 def dominated(total: Matrix, delta: Matrix, alpha: float, diagonal: bool) -> Matrix:
     """The part of ``delta`` that lies in what dominates ``total``."""
-    found = triplets(total)
-    sums = np.cumsum(found.sigma)
-    leading = found.first(int((sums <= alpha * sums[-1]).sum()) if found.rank else 0)
+
+    def dominant(sigma: Matrix) -> int:
+        sums = np.cumsum(sigma)
+        return int((sums <= alpha * sums[-1]).sum())
+
+    found = triplets(total, None if diagonal else dominant)
+    leading = found.first(dominant(found.sigma) if diagonal and found.rank else found.rank)
     part = leading.left @ (leading.left.T @ delta @ leading.right) @ leading.right.T
     if diagonal:
         alike = (found.left * (delta @ found.right)).sum(axis=0)
@@ -132,8 +146,7 @@ def dominated(total: Matrix, delta: Matrix, alpha: float, diagonal: bool) -> Mat
 
 
 def holds(tensor: Tensor) -> tuple[int, int]:
-    """In fp64 the sum, a delta, its part, two sets of vectors and the Gram matrix with its eigenvectors."""
-    return (tensor.count, 4 * (tensor.size + 1) + 8 * 8) if _is_projected(tensor) else (1, 0)
+    return held(tensor, 4 * (tensor.size + 1) + 39, 4) if _is_projected(tensor) else (1, 0)
 
 
 METHODS = (
@@ -150,11 +163,13 @@ METHODS = (
         survey=survey,
         passes=lambda parameters: (1, 0),
         holds=holds,
+        random=True,
         parameters=(
             Parameter("alpha", "float", 0.5, "share of the sum of singular values that counts as dominant", low=0,
                       high=1, mergekit=False),
             Parameter("zero_diagonal", "bool", False, "take away all pairs of equal singular vectors too",
                       mergekit=False),
+            Parameter("shuffle", "bool", False, "take the models in an order drawn from the seed", mergekit=False),
             EXCLUDE,
         ),
     ),

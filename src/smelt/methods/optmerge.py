@@ -11,6 +11,10 @@ k = int(min(out, in) / n) and the mean task vector M,
 ``full`` takes steps of Adam from the sum of the task vectors; ``lora`` takes steps of descent with momentum from their
 mean, which keeps their size, all at once in the eigenbasis of G. ``auto``: lora for a matrix whose task vectors all
 have less than a quarter of full rank, singular values below a thousandth of the largest left aside.
+
+``factors`` is for adapters of one language model, one per modality, whose factors A and B are merged each as a matrix
+of its own: as ``lora``, with P_i = tau_i whole and T_i cut to a fifth of the rank. The factors themselves are the task
+vectors: there is no base.
 """
 
 from __future__ import annotations
@@ -21,12 +25,15 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import UsageError
 from ..kernels.program import Call, Copy, Whole, call
 from .descent import Matrix, adam, momentum_share
 from .interference import Term, quadratic, squared_norm, task_vector
+from .linear import weighted_sum
 from .registry import LAMBDA, Citation, Method, Parameter
 from .spectral import triplets
 from .task_arithmetic import add_task_vectors
+from .task_matrices import held
 from .tensors import Tensor
 
 #: A singular value below this share of the largest is noise of 16-bit weights.
@@ -34,21 +41,27 @@ _NOISE = 1e-3
 
 
 def merge(tensor: Tensor) -> Call | Copy | Whole:
-    assert tensor.base is not None
-    if tensor["lambda"] == 0:
+    if tensor.base is None and tensor["mode"] != "factors":
+        raise UsageError("optmerge: give a base (only with mode: factors there is none)")
+    if tensor["lambda"] == 0 and tensor.base is not None:
         return Copy(tensor.base)
+    given = {"models": tensor.models, **({} if tensor.base is None else {"base": tensor.base})}
     if len(tensor.shape) == 2:
-        return Whole(partial(optimised, options=tensor.shared), {"base": tensor.base, "models": tensor.models})
+        return Whole(partial(optimised, options=tensor.shared), given)
+    if tensor.base is None:
+        return call(weighted_sum, models=tensor.models, weights=(tensor["lambda"] / tensor.size,) * tensor.size)
     weights = (1 / tensor.size,) * tensor.size
     return call(add_task_vectors, base=tensor.base, models=tensor.models, weights=weights, scale=tensor["lambda"])
 
 
-def optimised(base: Any, models: tuple[Any, ...], options: Mapping[str, Any]) -> Matrix:
+def optimised(models: tuple[Any, ...], options: Mapping[str, Any], base: Any = 0.0) -> Matrix:
     """theta_0 + lambda W for a matrix (out, in), in fp64."""
     changes = [task_vector(base, model) for model in models]
-    share = 1 / len(changes) if options["truncate_rank_ratio"] is None else options["truncate_rank_ratio"]
-    rank = int(min(base.shape) * share)
-    tuned = options["mode"] == "full" or (options["mode"] == "auto" and not all(map(_adapted, changes)))
+    mode, share = options["mode"], options["truncate_rank_ratio"]
+    if share is None:
+        share = 1 / 5 if mode == "factors" else 1 / len(changes)
+    rank = int(min(changes[0].shape) * share)
+    tuned = mode == "full" or (mode == "auto" and not all(map(_adapted, changes)))
     solve = _from_sum if tuned else _from_mean
     return np.asarray(base + options["lambda"] * solve(changes, rank, options), np.float64)
 
@@ -61,34 +74,41 @@ def _adapted(change: Matrix) -> bool:
 def _from_sum(changes: list[Matrix], rank: int, options: Mapping[str, Any]) -> Matrix:
     """W by Adam, its targets cut around the mean."""
     total = np.add.reduce(changes)
-    form = quadratic(_terms(changes, rank, total / len(changes)), rank * len(changes), total.shape)
+    form = quadratic(_terms(changes, rank, total / len(changes)), rank * len(changes), total.shape, True)
     return adam(total, form.gradient, 1e-5 if options["lr"] is None else options["lr"], options["iter_num"])
 
 
 def _from_mean(changes: list[Matrix], rank: int, options: Mapping[str, Any]) -> Matrix:
     """W by descent with momentum."""
-    mean = np.add.reduce(changes) / len(changes)
-    form = quadratic(_terms(changes, rank, np.zeros_like(mean)), rank * len(changes), mean.shape)
+    mean, whole = np.add.reduce(changes) / len(changes), options["mode"] == "factors"
+    rows = len(changes) * (len(mean) if whole else rank)
+    form = quadratic(_terms(changes, rank, np.zeros_like(mean), whole), rows, mean.shape)
     spectrum = form.spectrum()
-    rate = 1e-4 if options["lr"] is None else options["lr"]
+    rate = (5e-2 if whole else 1e-4) if options["lr"] is None else options["lr"]
     shares = momentum_share(2 * spectrum.values, rate, options["momentum"], options["iter_num"])
     return form.moved(mean, spectrum, shares)
 
 
-def _terms(changes: list[Matrix], rank: int, center: Matrix) -> Iterator[Term]:
-    """One per model that changed this matrix: targets are cut to ``rank`` around ``center``."""
+def _terms(changes: list[Matrix], rank: int, center: Matrix, whole: bool = False) -> Iterator[Term]:
+    """One per model that changed this matrix: targets are cut to ``rank`` around ``center``, and probes (not ``whole``)
+    to ``rank``."""
     for change in changes:
         if size := squared_norm(change):
-            leading = triplets(change, rank)
             target = center + triplets(change - center, rank).matrix()
-            yield Term(1 / size, target, leading.sigma[:, None] * leading.right.T)
+            yield Term(1 / size, target, change if whole else _leading_rows(change, rank))
+
+
+def _leading_rows(change: Matrix, rank: int) -> Matrix:
+    """S V^T."""
+    found = triplets(change, rank)
+    return np.asarray(found.sigma[:, None] * found.right.T)
 
 
 def holds(tensor: Tensor) -> tuple[int, int]:
-    """The task vectors, the work of descent and of decompositions, and three matrices (in, in) or less."""
+    """The task vectors, the work of descent and of decompositions, and G."""
     if len(tensor.shape) != 2 or not tensor.count:
         return 1, 0
-    return tensor.count, 8 * (tensor.size + 10) + 24 * tensor.shape[1] // tensor.shape[0]
+    return held(tensor, 20 * tensor.size + 35, 5.5)
 
 
 #: What the authors leave as it is: encoders of other modalities, embeddings, heads, norms and biases.
@@ -105,17 +125,19 @@ METHODS = (
             "ICLR 2026", "https://arxiv.org/abs/2505.19892",
         ),
         merge=merge,
+        base="optional",
         holds=holds,
         parameters=(
             LAMBDA,
-            Parameter("mode", "str", "auto", "what was tuned: all weights, adapters, or as each matrix shows",
-                      choices=("auto", "full", "lora")),
-            Parameter("truncate_rank_ratio", "float", None, "share of the rank that counts; default: 1 / models",
+            Parameter("mode", "str", "auto", "what was tuned: all weights, adapters, or as each matrix shows; "
+                      "factors: the models are adapters' factors", choices=("auto", "full", "lora", "factors")),
+            Parameter("truncate_rank_ratio", "float", None, "share of the rank that counts; default: 1 / models, 1/5 "
+                      "(factors)",
                       low=0, high=1),
             Parameter("iter_num", "int", 300, "steps", low=0),
-            Parameter("lr", "float", None, "size of a step; default: 1e-5 (full), 1e-4 (lora)", low=0),
+            Parameter("lr", "float", None, "size of a step; default: 1e-5 (full), 1e-4 (lora), 0.05 (factors)", low=0),
             Parameter("momentum", "float", 0.9, "of descent from the mean", low=0, high=1,
-                      when=("mode", ("auto", "lora"))),
+                      when=("mode", ("auto", "lora", "factors"))),
             Parameter("exclude", "strings", _LEFT,
                       "regular expressions, anchored at the start: such tensors are not merged"),
         ),

@@ -22,6 +22,9 @@ from .tensors import Model, Tensor
 #: Stands for "there is no default": the user must give the value.
 REQUIRED: Any = type("Required", (), {"__repr__": lambda self: "required"})()
 
+#: The value of ``task`` while all parts are made.
+EVERY = -1
+
 #: ``strings`` are regular expressions.
 Kind = Literal["float", "int", "bool", "str", "strings"]
 Steps = Generator[tuple[Request, ...], list[Any], Any]
@@ -206,6 +209,8 @@ def _among(value: Any, values: tuple[str, ...]) -> bool:
 
 
 def _beside(name: str, value: Any) -> str:
+    if name == "task" and value == EVERY:
+        return "where the parts of all tasks are made"
     return f"without {name}" if value is None else f"with {name}: {value}"
 
 

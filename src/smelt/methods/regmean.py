@@ -26,6 +26,7 @@ import numpy.typing as npt
 from ..kernels.program import Call, Copy, Whole, call
 from .linear import weighted_sum
 from .registry import EXCLUDE, Citation, Method, Parameter, Statistic, weight_parameter
+from .task_matrices import held
 from .tensors import Tensor
 
 Matrix = npt.NDArray[np.float64]
@@ -99,10 +100,10 @@ def _is_regular(gram: Matrix) -> bool:
 
 
 def holds(tensor: Tensor) -> tuple[int, int]:
-    """A model, the mean, the pull and the correction in fp64; as many squares of the input's width."""
+    """The models, the mean, the pull and the correction; the Gram matrices, and eight squares of their size."""
     if len(tensor.shape) != 2 or "gram" not in tensor.statistics:
         return 1, 0
-    return tensor.count, 32 + 40 * -(-tensor.shape[1] // max(1, tensor.shape[0]))
+    return held(tensor, 4 * tensor.size + 38, 8 + tensor.size / 2, tensor.shape[1])
 
 
 METHODS = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -32,16 +33,14 @@ def averaged(tensor: Tensor) -> Call:
     return call(add_task_vectors, base=tensor.base, models=tensor.models, weights=weights, scale=scale)
 
 
-def held(tensor: Tensor, rank: int) -> tuple[int, int]:
-    """``Method.holds`` of a matrix where ``rank`` pairs of singular vectors are joined.
+def held(tensor: Tensor, each: float, squares: float, side: int | None = None) -> tuple[int, int]:
+    """``Method.holds`` of a matrix at its peak, as measured: bytes per element, and fp64 square matrices.
 
-    The operands in fp32; in fp64 a delta, its Gram matrix with eigenvectors, the pairs and their Gram matrices, and
-    the result.
+    ``each`` counts the operands (fp32) and all else that is as large as the tensor; ``squares`` Gram matrices,
+    eigenvectors and what LAPACK takes (three for an eigenproblem), of the length ``side``, by default the short one's.
     """
-    short, long = sorted(tensor.shape)
-    inner = min(rank, long)
-    beside = 4 * short * short + 2 * rank * (short + long) + 4 * inner * inner
-    return tensor.count, 4 * (tensor.size + 1) + 32 + 8 * -(-beside // max(1, tensor.count))
+    length = min(tensor.shape) if side is None else side
+    return tensor.count, ceil(each + 8 * squares * length * length / max(1, tensor.count))
 
 
 ALPHA = Parameter("alpha", "float", 1.0, "factor of the merged task vector: 0.3 to 3", mergekit=False)

@@ -1,4 +1,4 @@
-"""TSV-Merge: the leading singular vectors of every task's matrices, made orthogonal to those of the other tasks.
+"""TSV: the leading singular vectors of every task's matrices, made orthogonal to those of the other tasks, or stored.
 
 Gargiulo et al., "Task singular vectors: reducing task interference in model merging", CVPR 2025,
 https://arxiv.org/abs/2412.00081. For each matrix, T tasks, r = min(m, n):
@@ -13,6 +13,9 @@ https://arxiv.org/abs/2412.00081. For each matrix, T tasks, r = min(m, n):
 Whatever is no matrix, has fewer rows or columns than there are tasks, or is named by ``average``, takes
 the mean of the deltas, times alpha.
 
+TSV-Compress keeps the tasks apart: ``task`` gives the model of one, theta_0 + its k triplets, and the parts of a
+result are the triplets of all. There every matrix counts, and all other deltas are kept as they are.
+
 Where the reference leaves vectors to chance they are left out here: of singular values that are zero (equal
 models, LoRA: see ``tolerance``), and directions that the joint U or V lacks (equal tasks: T copies of one
 model give its truncated delta).
@@ -20,16 +23,21 @@ model give its truncated delta).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from ..kernels.program import Call, Whole
+from ..kernels.program import Call, Copy, Operand, Output, Whole, call
+from .parts import FOR_NO_TASK, TASK, packed, task_of
 from .registry import EXCLUDE, Citation, Method, Parameter, weight_parameter
-from .spectral import Triplets, combined, triplets
+from .spectral import Triplets, combined, orthogonal_sum, triplets
 from .task_matrices import ALPHA, AVERAGE, TOLERANCE, averaged, delta_of, held, is_matrix
-from .tensors import Tensor
+from .tensors import Tensor, delta
 
 
-def merge(tensor: Tensor) -> Call | Whole:
+def merge(tensor: Tensor) -> Call | Copy | Whole:
+    task = task_of(tensor)
+    if task is not None:
+        return of_task(tensor, tensor.models[task])
     if not is_truncated(tensor):
         return averaged(tensor)
     return Whole(merged, {
@@ -49,7 +57,39 @@ def merged(base: Any, models: Any, weights: Any, scale: float, rank: int, orthog
 
 def joined(base: Any, parts: list[Triplets], scale: float, orthogonal: bool) -> Any:
     """Steps 2 to 4, from the triplets of every task."""
-    return base + scale * combined(significant(parts), orthogonal).matrix()
+    chosen = significant(parts)
+    return base + scale * (orthogonal_sum(chosen) if orthogonal else combined(chosen, orthogonal=False).matrix())
+
+
+def of_task(tensor: Tensor, model: Operand) -> Copy | Whole:
+    """The model of one task."""
+    if len(tensor.shape) != 2:
+        return Copy(model)
+    return Whole(truncated, {"base": tensor.base, "model": model, **_cut(tensor)})
+
+
+def parts(tensor: Tensor) -> dict[str, Output]:
+    if len(tensor.shape) != 2:
+        return {f"delta.{task}": call(delta, base=tensor.base, model=m) for task, m in enumerate(tensor.models)}
+    shape = rank_of(tensor), sum(tensor.shape) + 1
+    return {
+        f"factors.{task}": Whole(factors, {"base": tensor.base, "model": model, **_cut(tensor)}, shape=shape)
+        for task, model in enumerate(tensor.models)
+    }
+
+
+def _cut(tensor: Tensor) -> dict[str, Any]:
+    return {"rank": rank_of(tensor), "tolerance": tensor["tolerance"]}
+
+
+def truncated(base: Any, model: Any, rank: int, tolerance: float) -> Any:
+    """The model (m, n) with a task vector of ``rank`` triplets."""
+    return base + triplets(delta_of(base, model), rank, tolerance).matrix()
+
+
+def factors(base: Any, model: Any, rank: int, tolerance: float) -> Any:
+    """The triplets (rank, m + 1 + n) of the task vector."""
+    return packed(triplets(delta_of(base, model), rank, tolerance), rank)
 
 
 def significant(parts: list[Triplets]) -> list[Triplets]:
@@ -72,13 +112,16 @@ def is_truncated(tensor: Tensor) -> bool:
 
 
 def holds(tensor: Tensor) -> tuple[int, int]:
-    return held(tensor, rank_of(tensor) * tensor.size) if is_truncated(tensor) else (1, 0)
+    if tensor["task"] is not None:
+        return held(tensor, 30, 4.2) if len(tensor.shape) == 2 else (1, 0)
+    share = max(1.0, rank_of(tensor) * tensor.size / max(1, min(tensor.shape)))
+    return held(tensor, 4 * (tensor.size + 1) + 30 * share, 11 * share) if is_truncated(tensor) else (1, 0)
 
 
 METHODS = (
     Method(
         name="tsv",
-        title="TSV-Merge, task singular vectors",
+        title="TSV, task singular vectors",
         summary="each task's leading singular vectors, made orthogonal to the others'",
         advice="For many tasks (8 to 20) with one base, without data: alpha 1; exclude embeddings to save time.",
         citation=Citation(
@@ -86,15 +129,18 @@ METHODS = (
             "https://arxiv.org/abs/2412.00081",
         ),
         merge=merge,
+        parts=parts,
         holds=holds,
         parameters=(
-            weight_parameter(1.0, mergekit=False),
-            ALPHA,
+            TASK,
+            weight_parameter(1.0, mergekit=False, when=FOR_NO_TASK),
+            replace(ALPHA, when=FOR_NO_TASK),
             Parameter("rank_fraction", "float", None, "share of a matrix's rank that each task keeps; by default 1/T",
                       low=0, high=1, open_low=True, mergekit=False),
-            Parameter("orthogonalise", "bool", True, "make the joint singular vectors orthogonal", mergekit=False),
+            Parameter("orthogonalise", "bool", True, "make the joint singular vectors orthogonal", mergekit=False,
+                      when=FOR_NO_TASK),
             TOLERANCE,
-            AVERAGE,
+            replace(AVERAGE, when=FOR_NO_TASK),
             EXCLUDE,
         ),
     ),

@@ -31,9 +31,10 @@ import numpy as np
 from ..kernels.program import Call, Copy, Whole, call
 from .descent import Matrix, adam, momentum_share
 from .effective_rank import LEVELS, RULES, Directions
-from .interference import Quadratic, Spectrum, Term, linear_weight, quadratic, squared_norm, task_vector
+from .interference import Quadratic, Spectrum, Term, linear_weight, quadratic, squared_norm, task_vector, total_of
 from .registry import EXCLUDE, LAMBDA, Citation, Method, Parameter
 from .task_arithmetic import add_task_vectors
+from .task_matrices import held
 from .tensors import Tensor
 
 Options = Mapping[str, Any]
@@ -67,11 +68,12 @@ def solved(base: Any, models: tuple[Any, ...], options: Options) -> Matrix:
 
 def merged_vector(base: Any, models: tuple[Any, ...], options: Options) -> Matrix:
     """W (out, in)."""
-    start = np.add.reduce([task_vector(base, model) for model in models])
+    start = total_of(base, models)
     if options["init"] != "sum":
         start *= 1 / len(models) if options["init"] == "mean" else 0.0
-    form = quadratic(_terms(base, models), len(models) * len(start), start.shape)
-    if options["optimizer"] == "adam":
+    steps = options["optimizer"] == "adam"
+    form = quadratic(_terms(base, models), len(models) * len(start), start.shape, steps)
+    if steps:
         return adam(start, form.gradient, _rate(start, options), options["iter_num"])
     spectrum = form.spectrum()
     return form.moved(start, spectrum, _shares(form, start, spectrum, options))
@@ -154,11 +156,12 @@ def _directions(form: Quadratic, start: Matrix, spectrum: Spectrum) -> Direction
 
 
 def holds(tensor: Tensor) -> tuple[int, int]:
-    """Task vectors, the work of descent, and three matrices (in, in) or less."""
+    """A task vector, the work of descent or of the filter, and G with its decomposition."""
     if not tensor.count or not _solved(tensor):
         return 1, 0
     columns = prod(tensor.shape[1:])
-    return tensor.count, 8 * (2 * tensor.size + 6) + 24 * columns // tensor.shape[0]
+    each, squares = (65, 2.3) if tensor["optimizer"] == "adam" else (56, 5)
+    return held(tensor, 4 * tensor.size + each, squares, min(columns, tensor.size * tensor.shape[0]))
 
 
 _CLOSED = ("aswudi", "iwudi", "swudi")

@@ -137,11 +137,15 @@ class TokenizerOptions:
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """The ``output`` section. ``dtype`` is a safetensors code, ``shard_size`` is in bytes."""
+    """The ``output`` section. ``dtype`` is a safetensors code, ``shard_size`` is in bytes.
+
+    ``packing``: the type of quantised blocks that matrices are written as, in its place.
+    """
 
     dtype: str | None = None
     shard_size: int | None = None
     format: str = "safetensors"
+    packing: str | None = None
 
 
 class PlacedSetting(NamedTuple):

@@ -21,6 +21,9 @@ KEYS = (
 )  # fmt: skip
 FORMATS = ("safetensors", "gguf", "lora", "delta", "routed", "parts")
 
+#: Types of quantised blocks that GGUF is written in.
+PACKINGS = ("q8_0",)
+
 EMPTY = "the document is empty: a recipe has at least merge_method and models"
 #: Keys that give away other files of mergekit's.
 _FOREIGN = {"experts": "a mixture-of-experts recipe (mergekit-moe)", "genome": "a search recipe (mergekit-evolve)"}
@@ -288,7 +291,22 @@ def _output(section: Section) -> OutputOptions | None:
     inner = Section(node, ("dtype", "shard_size", "format"), "output", section.report)
     if inner.get("dtype") and section.get("out_dtype"):
         inner.fail("dtype", "output.dtype says the same as out_dtype: give only one")
-    return OutputOptions(inner.dtype("dtype"), _shard_size(inner), inner.word("format", FORMATS) or "safetensors")
+    form = inner.word("format", FORMATS) or "safetensors"
+    if form == "gguf" and inner.get("shard_size"):
+        inner.fail("shard_size", "a GGUF file is written whole: leave shard_size out")
+    packing = _packing(inner, form)
+    return OutputOptions(None if packing else inner.dtype("dtype"), _shard_size(inner), form, packing)
+
+
+def _packing(section: Section, form: str) -> str | None:
+    """The type of quantised blocks, where ``dtype`` names one."""
+    node = section.get("dtype")
+    word = node.value if isinstance(node, Leaf) else None
+    if not isinstance(word, str) or word.lower() not in PACKINGS:
+        return None
+    if form != "gguf":
+        section.fail("dtype", f"{word} is a type of GGUF: say format: gguf too")
+    return word.upper()
 
 
 def _shard_size(section: Section) -> int | None:

@@ -24,7 +24,7 @@ def not_yet(recipe: Recipe) -> list[str]:
 
 
 def _sections(recipe: Recipe) -> Iterator[Finding]:
-    if recipe.output and recipe.output.format not in ("safetensors", "parts"):
+    if recipe.output and recipe.output.format not in ("safetensors", "gguf", "parts"):
         yield recipe.position("output"), f"the output format {recipe.output.format}"
 
 

@@ -23,8 +23,8 @@ def documents(model: Input, donor: Input, rows: int) -> tuple[dict[str, bytes], 
     The tokenizer is the donor's, the rest the model's.
     """
     ours, theirs = side_files(model.checkpoint), side_files(donor.checkpoint)
-    files = {name: data for name, data in ours.items() if name in _OTHERS}
-    files |= {name: data for name, data in theirs.items() if name not in _OTHERS}
+    files = {name: data for name, data in ours.items() if name in (*_OTHERS, *model.checkpoint.beside)}
+    files |= {name: data for name, data in theirs.items() if name not in (*_OTHERS, *donor.checkpoint.beside)}
     changes: list[str] = []
     said = donor.checkpoint.config
     if model.checkpoint.config:

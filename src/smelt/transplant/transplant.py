@@ -73,7 +73,8 @@ def transplant_tokenizer(
         check_destination(out, work.folders())
         transplant = _Transplant(work, options, threads or usable_cores())
         tensors = transplant.tensors()
-        shards = plan_shards([TensorInfo(name, o.dtype, o.shape) for name, o in tensors.items()], size)
+        parts = work.inputs[0].checkpoint.parts
+        shards = plan_shards([TensorInfo(name, o.dtype, o.shape) for name, o in tensors.items()], size, parts=parts)
         files = transplant.files(tensors)
         return publish(out, work, tensors, files, shards=shards, threads=threads, progress=progress)
     finally:

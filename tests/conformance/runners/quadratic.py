@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 import smelt
 
 from ..case import Arrays, Inputs, Mismatch, arguments
@@ -53,11 +55,31 @@ def optmerge(inputs: Inputs, parameters: dict[str, Any]) -> Arrays:
     if given.pop("rank", "int(min(m,n)/n_models)") != "int(min(m,n)/n_models)":
         raise Mismatch(f"rank {parameters['rank']!r} is not known")
     variant = given.pop("variant")
+    if variant == "modality_factors":
+        return factors(inputs, given)
     if variant not in _TUNED:
         raise Mismatch(f"variant {variant!r} is not known")
     given.update(mode=_TUNED[variant], **{"lambda": given.pop("scaling_coefficient", 1.0)})
     given["exclude"] = given.pop("exclude_param_names_regex", [])
     return smelt.merge_tensors("optmerge", inputs.each("model"), inputs.base, parameters=given)
 
+
+def factors(inputs: Inputs, given: dict[str, Any]) -> Arrays:
+    """Adapters of several modalities, factor by factor: on a base of zeros where the method has one."""
+    rule, models = given["merge_method"], inputs.each("model")
+    if rule not in _RULES or given["K"] != 20:
+        raise Mismatch(f"merge_method {rule!r} with K {given['K']} is not known")
+    method, options = _RULES[rule]
+    shared = set.intersection(*map(set, models))
+    zeros = None if method == "optmerge" else {name: np.zeros_like(models[0][name]) for name in shared}
+    return smelt.merge_tensors(method, models, zeros, parameters=options, on_extra="copy")
+
+
+_RULES: dict[str, tuple[str, dict[str, Any]]] = {
+    "wudi2": ("optmerge", {"mode": "factors"}),
+    "ties": ("ties", {"density": 0.2, "weight": 1.0}),
+    "tsv": ("tsv", {}),
+    "iso": ("iso", {"variant": "iso_c"}),
+}
 
 RUNNERS = {"wudi": wudi, "doge": doge, "optmerge": optmerge}

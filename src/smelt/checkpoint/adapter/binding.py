@@ -16,8 +16,34 @@ from ..base import Checkpoint, TensorInfo
 from .kohya import KIND, FlatNames, part_of, parts_without
 from .layouts import Rename, experts_apart, has_transposed_experts, is_transposed_layer, renames
 from .reading import Adapter
-from .steps import Floats, Multiply, NewRows, Norms, Offset, Outer, ProductOfTwo, Products, Step
-from .updates import Hadamard, Kronecker, LowRank, Product, Rows, Saved, Scaled, Shards, Tucker, Update
+from .steps import (
+    AddedEntries,
+    AddedSigns,
+    Floats,
+    Multiply,
+    NewRows,
+    Norms,
+    Offset,
+    Outer,
+    ProductOfTwo,
+    Products,
+    Step,
+)
+from .updates import (
+    Dense,
+    Entries,
+    Hadamard,
+    Kronecker,
+    LowRank,
+    Product,
+    Rows,
+    Saved,
+    Scaled,
+    Shards,
+    Signs,
+    Tucker,
+    Update,
+)
 
 Shape = tuple[int, ...]
 
@@ -265,6 +291,28 @@ class _Binder:
         left, right = self._factors(product)
         return _product(left, right)
 
+    def _packed(self, name: str, update: Entries | Signs | Dense) -> Iterator[tuple[str, Change]]:
+        count = prod(self._shapes[name])
+        if isinstance(update, Dense) and update.value.shape != self._shapes[name]:
+            raise self._unfit(name, update.value, update.value.shape)
+        if isinstance(update, Signs) and update.bits.count != -(-count // 8):
+            raise self._unfit(name, update.bits, (8 * update.bits.count,))
+        makers: Mapping[type, Callable[..., Step]] = {Entries: self._entries, Signs: self._signs, Dense: self._dense}
+        yield name, Change(partial(makers[type(update)], update, count))
+
+    def _entries(self, update: Entries, count: int) -> Step:
+        index = self._file[update.index.name]
+        if len(index) and (int(index[-1]) >= count or not (index[1:] > index[:-1]).all()):
+            where = f"{self._label}: {show(update.index.name)}"
+            raise InputRejected(f"{where} is not ascending within the {count} elements of the base's tensor")
+        return AddedEntries(index, self.floats(update.value))
+
+    def _signs(self, update: Signs, count: int) -> Step:
+        return AddedSigns(self._file[update.bits.name], float(self.floats(update.scale).reshape(-1)[0]))
+
+    def _dense(self, update: Dense, count: int) -> Step:
+        return Offset(self.floats(update.value), 1.0)
+
     def _scaled(self, name: str, update: Scaled) -> Iterator[tuple[str, Change]]:
         shape, count = self._shapes[name], update.vector.count
         told = is_transposed_layer(update.module, self._base.config)
@@ -313,6 +361,7 @@ class _Binder:
 _KINDS: Mapping[type[Update], Callable[[_Binder, str, Any], Iterator[tuple[str, Change]]]] = {
     LowRank: _Binder._low_rank, Hadamard: _Binder._hadamard, Kronecker: _Binder._kronecker,
     Scaled: _Binder._scaled, Rows: _Binder._rows, Tucker: _Binder._tucker, Shards: _Binder._shards,
+    Entries: _Binder._packed, Signs: _Binder._packed, Dense: _Binder._packed,
 }  # fmt: skip
 
 

@@ -38,6 +38,7 @@ _USED = {
     "TRAINABLE_TOKENS": {"token_indices"},
     "FLORA": {"r", "scale", "modules_to_save"},
     "MOS": {"r", "lora_alpha", "equivalent_rank", "private_rank", "shards_per_vector"},
+    "SMELT_DELTA": set(),
 }  # fmt: skip
 
 #: Starts of LoRA that leave the base as it is. The others subtract the start from it, so that the adapter means

@@ -12,9 +12,11 @@ from ...errors import InputRejected, show
 from ...kernels.dtypes import DTYPES
 from ..base import Checkpoint, TensorInfo
 from ..folder import FolderCheckpoint
+from . import packs
 from .config import Config, checked, is_part, read_config
 from .flora import PART, tuckers
 from .mos import INDEX, POOL, shards
+from .packs import KIND
 from .updates import Hadamard, Kronecker, LowRank, Product, Rows, Saved, Scaled, Update
 
 _PREFIX = "base_model.model."
@@ -30,6 +32,7 @@ _PARTS = {
     "TRAINABLE_TOKENS": (),
     "FLORA": (),
     "MOS": (),
+    KIND: (),
     "KOHYA": ("lora_A.weight", "lora_B.weight", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1",
               "hada_t2", "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
 }  # fmt: skip
@@ -111,12 +114,16 @@ class _Reader:
         self._whole: dict[str, TensorInfo] = {}
         self._tuckers: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
         self._pooled: dict[str, TensorInfo] = {}
+        self._packs: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
         for name, info in tensors.items():
             self._place(name, info)
 
     def _place(self, name: str, info: TensorInfo) -> None:
         if self._config.kind == "MOS" and name.startswith((*INDEX, POOL)):
             self._pooled[name] = info
+            return
+        if self._config.kind == KIND and (match := packs.PART.fullmatch(name)):
+            self._packs[match[1]][match[2]] = info
             return
         if not DTYPES[info.dtype].arithmetic:
             raise InputRejected(f"{self._label}: tensor {show(info.name)} is {info.dtype}, expected floating numbers")
@@ -135,6 +142,7 @@ class _Reader:
         found: list[Update] = [
             *tuckers(self._file, self._tuckers, self._config),
             *shards(self._file, self._pooled, self._config),
+            *packs.packed(self._file, self._packs),
         ]
         for module in sorted(self._modules):
             try:

@@ -104,6 +104,34 @@ class Offset:
 
 
 @dataclass(frozen=True)
+class AddedEntries:
+    """Add ``values`` (k,) to the elements at ``index`` (k,), ascending."""
+
+    index: npt.NDArray[np.uint32]
+    values: Floats
+    additive: ClassVar[bool] = True
+
+    def apply(self, start: int, out: Floats, weight: float = 1.0) -> None:
+        low, high = np.searchsorted(self.index, (start, start + len(out)))
+        out[self.index[low:high].astype(np.int64) - start] += np.float32(weight) * self.values[low:high]
+
+
+@dataclass(frozen=True)
+class AddedSigns:
+    """Add ``scale`` where the bit is 1, take it away elsewhere: eight elements a byte, the highest bit first."""
+
+    bits: npt.NDArray[np.uint8]
+    scale: float
+    additive: ClassVar[bool] = True
+
+    def apply(self, start: int, out: Floats, weight: float = 1.0) -> None:
+        first = start // 8
+        ones = np.unpackbits(self.bits[first : -(-(start + len(out)) // 8)])[start - 8 * first :][: len(out)]
+        scale = np.float32(weight * self.scale)
+        out += np.where(ones, scale, -scale)
+
+
+@dataclass(frozen=True)
 class Multiply:
     """Multiply rows (axis 0) or columns (axis 1) of the matrix (-, width) by a vector."""
 

@@ -136,6 +136,40 @@ class Shards(Update):
 
 
 @dataclass(frozen=True)
+class Packed(Update):
+    """Of a delta pack: something is added to a tensor, which is ``parameter`` of ``module`` (which may be empty)."""
+
+    parameter: str
+
+    @property
+    def target(self) -> str:
+        return f"{self.module}.{self.parameter}".removeprefix(".")
+
+
+@dataclass(frozen=True)
+class Entries(Packed):
+    """Single elements: ``index`` (k,) are their places in C order, ascending, ``value`` (k,) what is added to them."""
+
+    index: TensorInfo
+    value: TensorInfo
+
+
+@dataclass(frozen=True)
+class Signs(Packed):
+    """``scale`` (one number) added where the bit is 1, and taken away elsewhere; bits in C order, the highest first."""
+
+    bits: TensorInfo
+    scale: TensorInfo
+
+
+@dataclass(frozen=True)
+class Dense(Packed):
+    """``value``, of the tensor's own shape."""
+
+    value: TensorInfo
+
+
+@dataclass(frozen=True)
 class Scaled(Update):
     """(IA)^3 (Liu et al., 2022): columns (``inputs``) or rows of the weight are multiplied by a vector.
 

@@ -14,6 +14,7 @@ from ...errors import InputRejected, UsageError, show, without_secrets
 from .. import hub
 from ..documents import MAX_BYTES
 from ..folder import FolderCheckpoint, Target
+from ..pipeline import INDICES
 from ..place import LocalPlace
 from .blocks import SCRATCH
 from .client import client_for
@@ -36,6 +37,8 @@ class RemoteCheckpoint(FolderCheckpoint):
 
     def __init__(self, url: str, revision: str | None, label: str | None) -> None:
         target, commit = located(url, revision)
+        if commit is not None and target[1] is None and any(index in target[0].names() for index in INDICES):
+            raise InputRejected(f"{show(url, 1000)} is a model in several folders: leave out hf://, which downloads it")
         super().__init__(target, label or without_secrets(url), commit)
         blind = [show(file.path.name) for file in self.files() if file.version.endswith(" ")]
         told = "the server does not tell one version from another: a change would go unseen, and nothing is kept"

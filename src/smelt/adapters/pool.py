@@ -1,0 +1,48 @@
+"""Many modules at once, as far as threads and memory allow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol, TypeVar
+
+from ..engine.progress import Progress
+from ..errors import UsageError, show
+from ..kernels.blas import one_thread
+
+
+class Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+T = TypeVar("T", bound=Named)
+R = TypeVar("R")
+
+
+def for_each(
+    modules: Sequence[T], make: Callable[[T], R], *, needs: Callable[[T], int], nbytes: Callable[[T], int],
+    threads: int, memory: int, progress: Progress, label: str,
+) -> list[R]:  # fmt: skip
+    """``make`` of every module, in order; matrix routines inside run on one thread each.
+
+    ``needs`` is the memory that one takes, ``nbytes`` what it counts for in the progress. UsageError where a single
+    module needs more than ``memory``.
+    """
+    sizes = {module.name: needs(module) for module in modules}
+    largest = max(sizes, key=sizes.__getitem__)
+    most = max(1, sizes[largest])
+    if most > memory:
+        raise UsageError(f"memory must be at least {-(-most >> 20)}MiB, for module {show(largest)}")
+    progress.start(sum(map(nbytes, modules)), label)
+
+    def made(module: T) -> R:
+        result = make(module)
+        progress.advance(nbytes(module))
+        return result
+
+    try:
+        with one_thread(), ThreadPoolExecutor(min(threads, memory // most), "smelt") as pool:
+            return list(pool.map(made, modules))
+    finally:
+        progress.finish()

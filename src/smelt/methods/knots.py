@@ -1,0 +1,264 @@
+"""KnOTS: merge task vectors in coordinates that they share, found by one SVD of all of them side by side.
+
+Stoica et al., "Model merging with SVD to tie the KnOTS", ICLR 2025, https://arxiv.org/abs/2410.19735. For each matrix,
+with Delta_t = theta_t - theta_0 (m, n):
+
+1. [Delta_1 .. Delta_T] = U S [V_1 .. V_T]^T, without singular values up to ``tolerance`` times the largest;
+   ``shared: input`` does so with all Delta_t transposed. C_t = S V_t^T are the coordinates of task t: Delta_t = U C_t.
+2. Where ``drop_rate`` is above 0, so many of the coordinates are dropped at random, the others divided by
+   1 - drop_rate (DARE).
+3. Each C_t keeps its largest elements, by one threshold over all its matrices (``scope``), a share ``density`` of
+   them, and with ``rule: ties`` those of the sign of the sum of what is kept.
+4. C is the mean, or the sum (``merge_func``), of what is kept; theta = theta_0 + alpha U C.
+
+An even vote leaves nothing, because the signs of U are arbitrary. Rounded to fp32 after the decomposition, as the
+authors do. With rule tv and density 1 this is the mean of the task vectors: only what is not linear sees coordinates.
+Matrices of attention and feed-forward blocks are merged so (those that LoRA adapts), all others take the mean of the
+deltas, times alpha.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..kernels.arrays import apply
+from ..kernels.blas import one_thread
+from ..kernels.program import Call, Rows, Whole
+from ..kernels.vocabulary import where
+from .interference import linear_weight
+from .registry import EXCLUDE, SCOPE, Citation, Method, Parameter, Steps
+from .spectral import Matrix, eigenpairs, finite
+from .task_matrices import ALPHA, TOLERANCE, averaged, delta_of, held
+from .tensors import Model, Tensor
+
+Coordinates = npt.NDArray[np.float32]
+
+#: Coordinates are counted by the upper bits of their magnitude first: exponent and seven bits of the fraction.
+_SHIFT, _BINS = 16, 1 << 15
+
+
+# --- the coordinates ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """The basis U (m, r) in fp64, as the product of ``factors``, and T times coordinates (r, n)."""
+
+    factors: tuple[Matrix, ...]
+    coordinates: tuple[Coordinates, ...]
+
+    def expanded(self, joint: Coordinates) -> Matrix:
+        """U C (m, n), from the right: a long basis is never made."""
+        found = np.asarray(joint, np.float64)
+        for factor in reversed(self.factors):
+            found = factor @ found
+        return found
+
+
+def aligned(
+    base: Any, models: tuple[Any, ...], kept: tuple[Any, ...], rate: float, turned: bool, tolerance: float
+) -> Aligned:
+    """Steps 1 and 2 for T matrices (m, n); ``turned``: for their transposes. ``kept``: bool (m, n) or True each."""
+    deltas = [delta_of(base, model) for model in models]
+    deltas = [delta.T for delta in deltas] if turned else deltas
+    rows, columns = deltas[0].shape
+    found = _wide(deltas, tolerance) if rows <= len(deltas) * columns else _tall(deltas, tolerance)
+    drawn = [each if each is True else (each.T if turned else each)[: len(found.coordinates[0])] for each in kept]
+    thinned = (_thinned(c, k, rate) for c, k in zip(found.coordinates, drawn, strict=True))
+    return Aligned(found.factors, tuple(thinned))
+
+
+def _wide(deltas: list[Matrix], tolerance: float) -> Aligned:
+    """The Gram matrix of the side that all share is the sum of everyone's own."""
+    gram = np.zeros((len(deltas[0]),) * 2)
+    for delta in deltas:
+        gram += delta @ delta.T
+    basis = _leading(gram, tolerance)[1]
+    return Aligned((basis,), tuple(np.asarray(basis.T @ delta, np.float32) for delta in deltas))
+
+
+def _tall(deltas: list[Matrix], tolerance: float) -> Aligned:
+    """Where all columns together are fewer than rows, theirs is the smaller."""
+    joint = np.concatenate(deltas, axis=1)
+    sigma, right = _leading(joint.T @ joint, tolerance)
+    coordinates = np.asarray((right * sigma).T, np.float32)
+    return Aligned((joint, right / sigma), tuple(np.split(coordinates, len(deltas), axis=1)))
+
+
+def _leading(gram: Matrix, tolerance: float) -> tuple[Matrix, Matrix]:
+    """Singular values, the largest first, from a Gram matrix, and their vectors (n, r)."""
+    values, vectors = eigenpairs(gram)
+    least = max(tolerance * tolerance, 10 * len(gram) * float(np.finfo(np.float64).eps))
+    count = int((values > least * max(0.0, values[-1])).sum())
+    return np.sqrt(values[::-1][:count]), vectors[:, ::-1][:, :count]
+
+
+def _thinned(coordinates: Coordinates, kept: Any, rate: float) -> Coordinates:
+    return coordinates if kept is True else np.where(kept, coordinates / np.float32(1 - rate), np.float32(0))
+
+
+# --- the thresholds: two looks at all coordinates, the second at few of them ----------------------------------
+
+
+def survey(model: Model) -> Steps:
+    """Each task's least magnitude that is kept, over all matrices; None: every matrix has its own."""
+    chosen = [tensor for tensor in model.tensors if is_aligned(tensor)]
+    if not chosen or model["scope"] == "tensor" or model["density"] == 1:
+        return None
+    histograms = yield tuple(Rows(_histogram, given(tensor), whole=True) for tensor in chosen)
+    counts = np.add.reduce(histograms)[0]
+    places = [_place(line, model["density"]) for line in counts]
+    bins = tuple(bin for bin, _ in places)
+    found = yield tuple(Rows(_in_bins, {**given(tensor), "bins": bins}, whole=True) for tensor in chosen)
+    tasks, magnitudes = np.concatenate(found, axis=1)
+    return tuple(_nth(magnitudes[tasks == task], rank) for task, (_, rank) in enumerate(places))
+
+
+def _place(counts: npt.NDArray[np.int64], density: float) -> tuple[int, int]:
+    """The bin that the threshold lies in, and which of its magnitudes it is, ascending from 0; -1: no threshold."""
+    count = int(counts.sum())
+    dropped = count - int(count * density) - 1
+    sums = np.cumsum(counts)
+    bin = int(np.searchsorted(sums, dropped, side="right"))
+    if not 0 <= dropped < count:
+        return 0, -1
+    return bin, dropped - int(sums[bin - 1] if bin else 0)
+
+
+def _nth(magnitudes: npt.NDArray[np.float64], rank: int) -> float:
+    return float(np.sort(magnitudes)[rank]) if rank >= 0 else 0.0
+
+
+def _histogram(shape: tuple[int, ...], **given: Any) -> npt.NDArray[np.int64]:
+    """(1, T, bins): how many coordinates of each task have these upper bits."""
+    uppers = (_bits(c) >> _SHIFT for c in _seen(shape, **given).coordinates)
+    return np.stack([np.bincount(upper, minlength=_BINS) for upper in uppers])[None]
+
+
+def _in_bins(shape: tuple[int, ...], bins: tuple[int, ...], **given: Any) -> npt.NDArray[np.float64]:
+    """(2, any number): the task and the magnitude of each coordinate in its task's bin."""
+    lines = []
+    for task, (own, bin) in enumerate(zip(_seen(shape, **given).coordinates, bins, strict=True)):
+        inside = np.abs(own.reshape(-1)[_bits(own) >> _SHIFT == bin])
+        lines.append(np.stack([np.full(len(inside), task), inside]))
+    return np.concatenate(lines, axis=1)
+
+
+def _bits(coordinates: Coordinates) -> npt.NDArray[np.uint32]:
+    return np.abs(coordinates).reshape(-1).view(np.uint32)
+
+
+def _seen(shape: tuple[int, ...], base: Any, models: tuple[Any, ...], kept: tuple[Any, ...], **more: Any) -> Aligned:
+    """What is no number counts as 0 here: the pass that makes the output finds it."""
+    start, *others = (finite(x).reshape(shape) for x in (base, *models))
+    drawn = tuple(each if each is True else each.reshape(shape) for each in kept)
+    with one_thread():
+        return aligned(start, tuple(others), drawn, **more)
+
+
+# --- the merge ------------------------------------------------------------------------------------------------
+
+
+def given(tensor: Tensor) -> dict[str, Any]:
+    return {
+        "shape": tensor.shape, "base": tensor.base, "models": tensor.models, "rate": tensor["drop_rate"],
+        "kept": tensor.kept((1 - tensor["drop_rate"],) * tensor.size), "turned": tensor["shared"] == "input",
+        "tolerance": tensor["tolerance"],
+    }  # fmt: skip
+
+
+def is_aligned(tensor: Tensor) -> bool:
+    return linear_weight(tensor) and tensor.count > 0
+
+
+def merge(tensor: Tensor) -> Call | Whole:
+    if not is_aligned(tensor):
+        return averaged(tensor)
+    return Whole(merged, {
+        **given(tensor), "bars": tensor.survey or (), "density": tensor["density"], "elect": tensor["rule"] == "ties",
+        "mean": tensor["merge_func"] == "mean", "scale": tensor["alpha"],
+    })  # fmt: skip
+
+
+def merged(
+    shape: tuple[int, ...], base: Any, models: tuple[Any, ...], turned: bool, bars: tuple[float, ...],
+    density: float, elect: bool, mean: bool, scale: float, **more: Any,
+) -> Matrix:  # fmt: skip
+    """The merged matrix (m, n) of T models' matrices (m, n)."""
+    found = aligned(base, models, turned=turned, **more)
+    if not found.coordinates[0].size:
+        return np.asarray(base, np.float64)
+    least = bars or tuple(_bar(own, density) for own in found.coordinates)
+    joint = apply(together, {"coordinates": found.coordinates, "bars": least, "elect": elect, "mean": mean})
+    delta = found.expanded(joint)
+    return np.asarray(base + scale * (delta.T if turned else delta))
+
+
+def _bar(coordinates: Coordinates, density: float) -> float:
+    """One matrix's own threshold."""
+    dropped = coordinates.size - int(coordinates.size * density) - 1
+    return float(np.partition(np.abs(coordinates), dropped, axis=None)[dropped]) if dropped >= 0 else 0.0
+
+
+def together(coordinates: Any, bars: Any, elect: bool, mean: bool) -> Any:
+    """The mean or the sum of what is kept, with ``elect`` of its sign that outweighs the other."""
+    vote = 0
+    for own, bar in zip(coordinates, bars):  # noqa: B905
+        vote += where(abs(own) >= bar, own, 0)
+    total = 0
+    count = 0
+    for own, bar in zip(coordinates, bars):  # noqa: B905
+        counted = (own != 0) & (abs(own) >= bar) & ((own * vote > 0) | (not elect))
+        total += where(counted, own, 0)
+        count += where(counted, 1, 0)
+    return where(mean, total / where(count == 0, 1, count), total)
+
+
+def holds(tensor: Tensor) -> tuple[int, int]:
+    """The operands and the coordinates in fp32; in fp64 the deltas, the joint vectors and their Gram matrix."""
+    if not is_aligned(tensor):
+        return 1, 0
+    rows = tensor.shape[1 if tensor["shared"] == "input" else 0]
+    joint = tensor.size * (tensor.count // rows)
+    if rows <= joint:
+        return held(tensor, 16 * tensor.size + 21, 5, rows)
+    return held(tensor, 24 * tensor.size + 21, 7, joint)
+
+
+METHODS = (
+    Method(
+        name="knots",
+        title="KnOTS",
+        summary="merge task vectors by TIES in the coordinates of one SVD of all of them",
+        advice="For LoRA fine-tunes of one base, whose task vectors share little; tune alpha from 0.3 to 1.",
+        citation=Citation(
+            "Model merging with SVD to tie the KnOTS", "Stoica et al.", "ICLR 2025",
+            "https://arxiv.org/abs/2410.19735",
+        ),
+        merge=merge,
+        survey=survey,
+        passes=lambda parameters: (2 if parameters["scope"] == "model" and parameters["density"] < 1 else 0, 0),
+        holds=holds,
+        random=True,
+        parameters=(
+            ALPHA,
+            Parameter("density", "float", 0.2, "share of each task's coordinates that is kept, the largest ones",
+                      low=0, high=1, mergekit=False),
+            Parameter("rule", "str", "ties", "ties elects a sign, tv does not", choices=("ties", "tv"),
+                      mergekit=False),
+            Parameter("merge_func", "str", "mean", "what becomes of the coordinates that are kept",
+                      choices=("mean", "sum"), mergekit=False),
+            Parameter("drop_rate", "float", 0.0, "share of the coordinates that is dropped at random first (DARE)",
+                      low=0, high=0.999, mergekit=False),
+            Parameter("shared", "str", "output", "the side whose basis all tasks share", choices=("output", "input"),
+                      mergekit=False),
+            replace(SCOPE, when=None, defaults=()),
+            replace(TOLERANCE, default=1e-6),
+            EXCLUDE,
+        ),
+    ),
+)  # fmt: skip

@@ -1,0 +1,338 @@
+"""Pickled weights: read only on request, by position, without torch, and without running what is in them."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import time
+import tracemalloc
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import smelt
+from smelt.errors import InputRejected
+from tests.commands import refusal
+from tests.pickled import mapping, number, numbers, pickled, save, save_arrays, tensor, text
+
+WEIGHTS = np.arange(12, dtype=np.float32).reshape(3, 4)
+DATA = {"data/0": WEIGHTS.tobytes()}
+
+
+def opened(path: Path) -> Any:
+    return smelt.load(path, allow_pickle=True)
+
+
+def test_views_read_as_torch_reads_them(tmp_path: Path) -> None:
+    """Transposed, cut and shared: all on one storage, each in pieces from anywhere."""
+    views = {
+        "whole": (tensor("0", (3, 4)), WEIGHTS),
+        "tied": (tensor("0", (3, 4)), WEIGHTS),
+        "turned": (tensor("0", (4, 3), (1, 4), count=12), WEIGHTS.T),
+        "column": (tensor("0", (3, 2), (4, 1), offset=1, count=12), WEIGHTS[:, 1:3]),
+        "every second": (tensor("0", (6,), (2,), count=12), WEIGHTS.reshape(-1)[::2]),
+        "last": (tensor("0", (), (), offset=11, count=12), WEIGHTS[2, 3]),
+        "none": (tensor("0", (0, 5), count=12), np.empty((0, 5), np.float32)),
+    }
+    save(tmp_path / "model.pt", mapping({name: made for name, (made, _) in views.items()}), DATA)
+    with opened(tmp_path / "model.pt") as found:
+        for name, (_, wanted) in views.items():
+            np.testing.assert_array_equal(found[name], wanted, name)
+            part = np.empty(wanted.size // 2, np.float32)
+            found.read(name, wanted.size // 3, part)
+            np.testing.assert_array_equal(part, wanted.reshape(-1)[wanted.size // 3 :][: part.size], name)
+
+
+def test_large_scattered_tensors_are_gathered_piece_by_piece(tmp_path: Path) -> None:
+    wide = np.arange(3000 * 700, dtype=np.float32).reshape(3000, 700)
+    save(tmp_path / "model.pt", mapping({"w": tensor("0", (700, 3000), (1, 700))}), {"data/0": wide.tobytes()})
+    with opened(tmp_path / "model.pt") as found:
+        out = np.empty(20_000, np.float32)
+        tracemalloc.start()
+        found.read("w", 1_234_567, out)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        np.testing.assert_array_equal(out, wide.T.reshape(-1)[1_234_567:][:20_000])
+        assert peak < wide.nbytes / 2
+
+
+def test_torch_and_this_reader_agree(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    made = torch.Generator().manual_seed(0)
+    base = torch.randn(6, 8, generator=made)
+    dtypes = [torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.bool, torch.float8_e4m3fn]
+    state = {str(dtype): base.to(dtype) for dtype in dtypes}
+    state |= {"turned": base.T, "cut": base[1:4, 2:7], "step": base[::2, ::3], "parameter": torch.nn.Parameter(base)}
+    torch.save(torch.nn.Linear(3, 2).state_dict() | state, tmp_path / "model.bin")
+    expected = torch.load(tmp_path / "model.bin", weights_only=True)
+    with opened(tmp_path / "model.bin") as found:
+        assert found.keys() == expected.keys()
+        for name, wanted in expected.items():
+            kept = wanted.detach().contiguous()
+            assert found[name].shape == tuple(wanted.shape), name
+            assert found[name].tobytes() == kept.reshape(-1).view(torch.uint8).numpy().tobytes(), name
+
+
+def folder_of(tmp_path: Path) -> Path:
+    """Two shards with their index, and what a trainer leaves beside them."""
+    home = tmp_path / "model"
+    home.mkdir()
+    names = [f"pytorch_model-0000{number}-of-00002.bin" for number in (1, 2)]
+    save_arrays(home / names[0], {"a.weight": WEIGHTS})
+    save_arrays(home / names[1], {"b.weight": WEIGHTS + 1})
+    (home / "training_args.bin").write_bytes(b"nothing to read")
+    weight_map = {"a.weight": names[0], "b.weight": names[1]}
+    (home / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return home
+
+
+def test_shards_with_and_without_their_index(tmp_path: Path) -> None:
+    home = folder_of(tmp_path)
+    for _ in range(2):
+        with opened(home) as found:
+            np.testing.assert_array_equal(found["b.weight"], WEIGHTS + 1)
+            assert list(found) == ["a.weight", "b.weight"]
+        (home / "pytorch_model.bin.index.json").unlink(missing_ok=True)
+
+
+def test_safetensors_come_first(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    home = folder_of(tmp_path)
+    save_file({"plain": WEIGHTS}, home / "model.safetensors")
+    assert list(opened(home)) == list(smelt.load(home)) == ["plain"]
+
+
+@pytest.mark.parametrize("command", ["inspect", "check", "convert"])
+def test_nothing_pickled_is_read_unasked(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    home = folder_of(tmp_path)
+    more = {"inspect": [], "check": [home], "convert": [tmp_path / "out"]}
+    code, problems = refusal(capsys, command, home, *more[command])
+    assert code == 3
+    assert "is pickled: --allow-pickle reads" in problems[0]
+
+
+def test_a_merge_of_pickled_models(tmp_path: Path) -> None:
+    home = folder_of(tmp_path)
+    tree = {"merge_method": "passthrough", "models": [{"model": str(home)}]}
+    with pytest.raises(InputRejected, match="is pickled"):
+        smelt.merge(tree, tmp_path / "out")
+    smelt.merge(tree, tmp_path / "out", allow_pickle=True)
+    np.testing.assert_array_equal(smelt.load(tmp_path / "out")["b.weight"], WEIGHTS + 1)
+    found = smelt.check([home, tmp_path / "out"], allow_pickle=True).findings
+    assert [finding.code for finding in found if finding.severity == "error"] == []
+
+
+def test_what_trainers_wrap_around_it(tmp_path: Path) -> None:
+    wrapped = {"epoch": number(3), "state_dict": mapping({"w": tensor("0", (3, 4))}), "hooks": b"cnumpy\ndtype\n"}
+    found = opened(save(tmp_path / "last.ckpt", mapping(wrapped), DATA))
+    assert list(found) == ["w"]
+    assert found.notices == ["'last.ckpt': the tensors under 'state_dict' are read; left aside: 'epoch', 'hooks'"]
+
+
+ONE = mapping({"w": tensor("0", (3, 4))})
+
+#: Name -> instructions, what the message must match. The file has one storage of twelve floats.
+CONTENTS: dict[str, tuple[bytes, str]] = {
+    "H126-system": (b"cos\nsystem\n" + b"(" + text("true") + b"tR", "names 'os.system'.*may be an attack"),
+    "H126-posix-by-stack": (text("posix") + text("system") + b"\x93" + text("x") + b"\x85R", "names 'posix.system'"),
+    "H126-a-tensor-that-runs": (mapping({"w": b"cbuiltins\nexec\n" + text("1") + b"\x85R"}), "names 'builtins.exec'"),
+    "H127-getattr": (b"cbuiltins\ngetattr\n", "names 'builtins.getattr'"),
+    "H127-a-module-of-torch": (b"ctorch.nn.modules.linear\nLinear\n)\x81}b", "an object of 'torch.nn.*state_dict"),
+    "H127-torch-load-is-not-called": (b"ctorch\nload\n" + text("x") + b"\x85R", "an object of 'torch.load'"),
+    "H127-sparse-tensor": (
+        mapping({"w": b"ctorch._utils\n_rebuild_sparse_tensor\n)R"}),
+        "'w' is an object of 'torch._utils._rebuild_sp",
+    ),
+    "H129-stride-0": (mapping({"w": tensor("0", (10**9,), (0,), count=12)}), "repeats its elements"),
+    "H129-overlapping": (mapping({"w": tensor("0", (5, 4), (2, 1), count=12)}), "repeats its elements"),
+    "H130-too-large": (mapping({"w": tensor("0", (4, 4), count=12)}), "exceeds its record of 48 bytes"),
+    "H130-storage-too-large": (mapping({"w": tensor("0", (3, 4), count=13)}), "13 elements exceeds record data/0"),
+    "H130-huge": (mapping({"w": tensor("0", (2**40, 2**40), count=12)}), "exceeds its record"),
+    "H130-behind-the-end": (mapping({"w": tensor("0", (3, 4), offset=1)}), "exceeds its record"),
+    "H130-no-such-record": (mapping({"w": tensor("7", (3, 4))}), "lacks the record 'data/7'"),
+    "H130-negative": (mapping({"w": tensor("0", (-1, 4), count=12)}), "whole numbers from 0 on"),
+    "H130-negative-stride": (mapping({"w": tensor("0", (3, 4), (-4, 1), offset=8)}), "whole numbers from 0 on"),
+    "H130-too-many-axes": (mapping({"w": tensor("0", (1,) * 17, count=12)}), "no short tuple"),
+    "H134-list": (b"](" + tensor("0", (3, 4)) + b"e", "holds a list, expected a dictionary of tensors"),
+    "H134-one-tensor": (tensor("0", (3, 4)), "holds a tensor, expected a dictionary"),
+    "H134-nested": (mapping({"a": ONE}), "'a' is a dict, expected a tensor"),
+    "H134-two-wrappers": (mapping({"model": ONE, "state_dict": ONE}), "several state dicts: 'state_dict', 'model'"),
+    "H134-numbers-for-names": (b"}" + number(1) + tensor("0", (3, 4)) + b"s", "key '1' is no text"),
+    "H134-empty": (b"}", "holds 0 tensors"),
+    "name-with-escape": (mapping({"\x1b[31m": tensor("0", (3, 4))}), "cannot be printed"),
+    "unknown-instruction": (b"I1\n", "instruction b'I', which torch does not write"),
+    "ends-early": (b"X\xff\xff\xff\xff", "ends early"),
+    "nothing-on-the-stack": (b"R", "is not a whole file"),
+    "no-mark": (b"t", "lacks a mark"),
+    "call-of-a-text": (text("print") + text("x") + b"\x85R", "calls what is no function"),
+    "attributes-of-a-function": (b"ccollections\nOrderedDict\n}b", "attributes to what has none"),
+    "unknown-storage": (text("x") + b"Q", "is not a whole file"),
+    "deep-key": (b"}" + b")" + b"\x85" * 200_000 + b"Ns", "key that is a tuple"),
+    "distant-memory": (b"j\xff\xff\xff\xff", "is not a whole file"),
+    "far-memory": (b"Nr\xff\xff\xff\xff", "holds a NoneType"),
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_what_a_pickle_says_is_checked(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    instructions, message = CONTENTS[name]
+    path = save(tmp_path / "pytorch_model.bin", instructions, DATA)
+    begun = time.monotonic()
+    with pytest.raises(InputRejected, match=message) as told:
+        opened(path)
+    assert time.monotonic() - begun < 5
+    assert "pytorch_model.bin" in str(told.value)
+    assert all(line.isprintable() for line in told.value.problems)
+    assert capsys.readouterr().out == ""
+
+
+def plain() -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled(ONE))
+        archive.writestr("archive/data/0", DATA["data/0"])
+    return out.getvalue()
+
+
+def zipped(*entries: tuple[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", method) as archive:
+        for name, data in entries:
+            archive.writestr(name, data)
+    return out.getvalue()
+
+
+def patched(find: bytes, replacement: bytes, occurrence: int = 0) -> bytes:
+    """The plain file with some bytes replaced."""
+    whole, place = plain(), -1
+    for _ in range(occurrence + 1):
+        place = whole.index(find, place + 1)
+    return whole[:place] + replacement + whole[place + len(replacement) :]
+
+
+def twice() -> bytes:
+    with pytest.warns(UserWarning, match="Duplicate name"):
+        return zipped(("archive/data.pkl", pickled(ONE)), ("archive/data.pkl", pickled(b"}")))
+
+
+def overlapping() -> bytes:
+    """The second record's entry says that it is as long as both."""
+    whole = plain()
+    place = whole.rindex(b"PK\1\2")
+    return whole[: place + 20] + struct.pack("<II", 4000, 4000) + whole[place + 28 :]
+
+
+DATA_PKL = ("archive/data.pkl", pickled(ONE))
+PROGRAM = zipped(("archive/constants.pkl", b""), ("archive/data.pkl", pickled(b"N")))
+ARCHIVES: dict[str, tuple[Callable[[], bytes], str]] = {
+    "H128-compressed": (lambda: zipped(DATA_PKL, method=zipfile.ZIP_DEFLATED), "'archive/data.pkl' is compressed"),
+    "H131-leads-elsewhere": (lambda: zipped(DATA_PKL, ("archive/../x", b"")), "no file in the folder 'archive'"),
+    "H131-absolute": (lambda: zipped(DATA_PKL, ("/etc/passwd", b"")), "no file in the folder"),
+    "H131-two-folders": (lambda: zipped(DATA_PKL, ("other/data/0", b"")), "no file in the folder"),
+    "H131-twice": (twice, "'archive/data.pkl' is there twice"),
+    "H131-two-archives": (lambda: plain() + plain(), "not where it should be|overlap"),
+    "H131-something-before": (lambda: b"#!/bin/sh\n" + plain(), "not where it should be"),
+    "H131-something-behind": (lambda: plain() + b"x", "does not end as a zip archive"),
+    "H131-overlapping": (overlapping, "overlap, or something lies between"),
+    "H131-another-name-inside": (lambda: patched(b"archive/data/0", b"archive/data/1"), "not where the directory"),
+    "H131-directory-elsewhere": (lambda: plain()[:-6] + b"\xf0\0\0\0\0\0", "not where it should be"),
+    "H132-legacy": (lambda: b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." * 50, "does not end as a zip archive"),
+    "H132-tar": (lambda: b"storages\0" + bytes(1015), "does not end as a zip archive"),
+    "H133-gzip": (lambda: b"\x1f\x8b\x08" + bytes(100), "does not end as a zip archive"),
+    "H133-7z": (lambda: b"7z\xbc\xaf\x27\x1c" + bytes(100), "does not end as a zip archive"),
+    "H135-program": (lambda: PROGRAM, "is a program of torch.jit"),
+    "empty": (lambda: b"", "too short for a zip archive"),
+    "no-pickle": (lambda: zipped(("archive/version", b"3")), "lacks the record 'data.pkl'"),
+    "big-endian": (lambda: zipped(DATA_PKL, ("archive/byteorder", b"big")), "big-endian"),
+    "safetensors": (lambda: struct.pack("<Q", 2) + b"{}" + bytes(30), "does not end as a zip archive"),
+}
+
+
+@pytest.mark.parametrize("name", ARCHIVES)
+def test_what_an_archive_says_is_checked(name: str, tmp_path: Path) -> None:
+    make, message = ARCHIVES[name]
+    (tmp_path / "model.ckpt").write_bytes(make())
+    with pytest.raises(InputRejected, match=message) as told:
+        opened(tmp_path / "model.ckpt")
+    assert "model.ckpt" in str(told.value)
+
+
+def test_a_pickle_of_nothing_but_work_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smelt.checkpoint.pickles.MAX_INSTRUCTIONS", 1000)
+    with pytest.raises(InputRejected, match="more than 1000 instructions"):
+        opened(save(tmp_path / "m.pt", b"N0" * 1000 + ONE, DATA))
+
+
+def test_every_cut_and_every_flipped_byte_is_told_or_harmless(tmp_path: Path) -> None:
+    """Whatever happens to a file, it is read or refused in our words."""
+    whole = plain()
+    random = np.random.default_rng(0)
+    variants = [whole[:cut] for cut in range(0, len(whole), 7)]
+    for place in range(len(whole)):
+        flipped = bytearray(whole)
+        flipped[place] ^= int(random.integers(1, 256))
+        variants.append(bytes(flipped))
+    path = tmp_path / "m.pt"
+    read = 0
+    for variant in variants:
+        path.write_bytes(variant)
+        try:
+            with opened(path) as found:
+                read += sum(found[name].nbytes for name in found) > 0
+        except InputRejected:
+            pass
+    assert 0 < read < len(variants)
+
+
+def test_a_storage_under_too_many_names_is_refused(tmp_path: Path) -> None:
+    path = save(
+        tmp_path / "m.pt", mapping({f"w{i}": tensor("0", (100_000,)) for i in range(200)}), {"data/0": bytes(400_000)}
+    )
+    with pytest.raises(InputRejected, match=r"tensors of 80000000 bytes share the \d+ bytes of the file"):
+        opened(path)
+
+
+def test_protocol_4_and_py2_texts(tmp_path: Path) -> None:
+    """What newer and older pickles write in place of the usual instructions."""
+    name = b"\x8c\x01w\x94"
+    made = b"\x95" + struct.pack("<Q", 9) + b"}" + name + tensor("0", (3, 4)) + b"sU\x01v" + tensor("0", (12,)) + b"s"
+    found = opened(save(tmp_path / "m.pt", made, DATA))
+    assert {n: found[n].shape for n in found} == {"v": (12,), "w": (3, 4)}
+
+
+def test_numbers_in_tests_are_read_back() -> None:
+    assert numbers([1]) == b"(" + number(1) + b"t"
+
+
+def test_archives_beyond_four_gigabytes(tmp_path: Path) -> None:
+    """Sizes and places that do not fit into 32 bits stand in the wide fields; the file is sparse."""
+    count = 5 << 28  # floats
+    weights = mapping({"w": tensor("0", (count,)), "v": tensor("1", (3, 4))})
+    entries = [("data.pkl", pickled(weights), 0), ("data/0", b"", 4 * count), ("data/1", DATA["data/0"], 0)]
+    directory, full = b"", 0xFFFFFFFF
+    with (tmp_path / "m.pt").open("wb") as file:
+        for name, data, hole in entries:
+            stored, begin, size = f"archive/{name}".encode(), file.tell(), len(data) + hole
+            file.write(
+                struct.pack("<4s5H3I2H", b"PK\3\4", 45, 0, 0, 0, 0, 0, full, full, len(stored), 0) + stored + data
+            )
+            file.seek(hole, io.SEEK_CUR)
+            wide = struct.pack("<2H3Q", 1, 24, size, size, begin)
+            fixed = (45, 45, 0, 0, 0, 0, 0, full, full, len(stored), len(wide), 0, 0, 0, 0, full)
+            directory += struct.pack("<4s6H3I5H2I", b"PK\1\2", *fixed) + stored + wide
+        begin = file.tell()
+        end = begin + len(directory)
+        file.write(directory + struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 45, 45, 0, 0, 3, 3, len(directory), begin))
+        file.write(struct.pack("<4sIQI", b"PK\6\7", 0, end, 1))
+        file.write(struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 3, 3, len(directory), full, 0))
+    with opened(tmp_path / "m.pt") as found:
+        np.testing.assert_array_equal(found["v"], WEIGHTS)
+        last = np.ones(5, np.float32)
+        found.read("w", count - 5, last)
+        assert not last.any()

@@ -1,0 +1,238 @@
+"""Quantised models in merges, and quantised inputs that must be refused: one line, which tensor, what was expected."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import smelt
+from smelt.checkpoint.memory import MemoryCheckpoint
+from smelt.checkpoint.quantised import dequantised
+from smelt.errors import InputRejected
+from tests.commands import refused_merge
+from tests.readback import stored as published
+from tests.recipes import Family, recipe
+from tests.small_models import CONFIG, Arrays, bf16, save
+
+FP8 = ml_dtypes.float8_e4m3fn
+BLOCK = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+CONFIGURED = {**CONFIG, "quantization_config": BLOCK}
+
+
+def in_blocks(weight: Any, size: int = 16) -> tuple[Any, Any, Any]:
+    """Codes and scales of a matrix, and the weight that they stand for."""
+    rows, columns = weight.shape
+    grid = -(-rows // size), -(-columns // size)
+    scales = np.array([0.001, 0.002, 0.0005, 0.004], np.float32)[np.arange(grid[0] * grid[1]) % 4].reshape(grid)
+    full = np.repeat(np.repeat(scales, size, 0), size, 1)[:rows, :columns]
+    codes = (weight.astype(np.float32) / full).astype(FP8)
+    return codes, scales, (codes.astype(np.float32) * full).astype(ml_dtypes.bfloat16)
+
+
+def quantised_model(folder: Path, model: Arrays) -> tuple[str, Arrays]:
+    """An FP8 model on disk, its scales in a shard of their own, and the weights that it stands for."""
+    codes, scales, meant = {}, {}, dict(model)
+    for name, array in model.items():
+        codes[name] = array
+        if "proj" in name:
+            codes[name], scales[f"{name}_scale_inv"], meant[name] = in_blocks(array)
+            scales[f"{name.removesuffix('weight')}input_scale"] = np.ones((), np.float32)
+    folder.mkdir()
+    shards = {f"model-0000{number}-of-00002.safetensors": part for number, part in enumerate((codes, scales), 1)}
+    for file, part in shards.items():
+        save_file(part, folder / file, {"format": "pt"})
+    weight_map = {name: file for file, part in shards.items() for name in part}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps(CONFIGURED))
+    return str(folder), meant
+
+
+def test_a_merge_of_quantised_models_is_that_of_their_weights(family: Family, tmp_path: Path) -> None:
+    """Bit for bit; nothing in the result speaks of codes, and it verifies."""
+    quantised, meant = quantised_model(tmp_path / "fp8", family.model_arrays[0])
+    plain = save(tmp_path / "plain", meant)
+    out, wanted = tmp_path / "out", tmp_path / "wanted"
+    artifact = smelt.merge(recipe("ties", [family.models[1], quantised], quantised, parameters={"density": 0.5}), out)
+    smelt.merge(recipe("ties", [family.models[1], plain], plain, parameters={"density": 0.5}), wanted)
+    assert {n: (t.dtype, t.data) for n, t in published(out).items()} == {
+        n: (t.dtype, t.data) for n, t in published(wanted).items()
+    }
+    assert json.loads((out / "config.json").read_text()) == CONFIG
+    assert any("14 quantised weights (fp8) are dequantised" in line for line in artifact.warnings)
+    assert any("14 scales of activations are left out" in line for line in artifact.warnings)
+    assert smelt.verify(out).ok
+
+
+def test_a_copy_of_a_quantised_model_is_dequantised(family: Family, tmp_path: Path) -> None:
+    quantised, meant = quantised_model(tmp_path / "fp8", family.model_arrays[0])
+    smelt.merge({"merge_method": "passthrough", "models": [{"model": quantised}]}, tmp_path / "out")
+    found = published(tmp_path / "out")
+    assert {name: tensor.data for name, tensor in found.items()} == {n: a.tobytes() for n, a in meant.items()}
+
+
+def test_a_mapping_shows_weights_and_the_stored_tensors_on_demand(family: Family, tmp_path: Path) -> None:
+    quantised, meant = quantised_model(tmp_path / "fp8", family.model_arrays[0])
+    with smelt.load(quantised) as model, smelt.load(quantised, as_stored=True) as stored:
+        assert set(model) == set(meant)
+        assert len(stored) == len(meant) + 28
+        assert "quantization_config" not in model.config
+        assert "quantization_config" in stored.config
+
+
+def test_the_config_of_a_text_model_inside_another_one(family: Family, tmp_path: Path) -> None:
+    """quantization_config may stand in a section, and then leaves it."""
+    model = {"x.weight": in_blocks(np.ones((16, 16)))[0], "x.weight_scale_inv": np.ones((1, 1), np.float32)}
+    checkpoint = MemoryCheckpoint(model, "inner")
+    checkpoint.config = {"text_config": {"quantization_config": BLOCK, "dtype": "float16"}}
+    found = dequantised(checkpoint)
+    assert found.tensors["x.weight"].dtype == "F16"
+    assert found.config == {"text_config": {"dtype": "float16"}}
+
+
+def test_int4_experts_in_a_stack(family: Family) -> None:
+    """Three dimensions: every expert has a matrix of codes, of scales and of zero points."""
+    random = np.random.default_rng(0)
+    words = random.integers(-(2**31), 2**31, (3, 16, 8), np.int32)
+    scale = random.random((3, 16, 2)).astype(np.float16)
+    arguments = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+    config = {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": arguments}}}
+    stored = {"e.weight_packed": words, "e.weight_scale": scale, "e.weight_shape": np.array([3, 16, 64])}
+    checkpoint = MemoryCheckpoint(stored, "experts")
+    checkpoint.config = {"quantization_config": config}
+    nibbles = np.stack([words.view(np.uint8) & 15, words.view(np.uint8) >> 4], -1).reshape(3, 16, 64)
+    meant = ((nibbles.astype(np.float32) - 8) * np.repeat(scale, 32, 2).astype(np.float32)).astype(np.float16)
+    assert dequantised(checkpoint)["e.weight"].tobytes() == meant.tobytes()
+
+
+# --- what must be refused -------------------------------------------------------------------------------
+
+
+def gptq(**changes: Any) -> Arrays:
+    stored = {
+        "x.qweight": np.zeros((8, 16), np.int32), "x.qzeros": np.full((2, 2), 0x77777777, np.int32),
+        "x.scales": np.ones((2, 16), np.float16), "x.g_idx": (np.arange(64) // 32).astype(np.int32),
+    }  # fmt: skip
+    return {name: array for name, array in (stored | named(changes)).items() if array is not None}
+
+
+def named(changes: dict[str, Any]) -> dict[str, Any]:
+    return {f"x.{name}": array for name, array in changes.items()}
+
+
+def fp8(**changes: Any) -> Arrays:
+    stored = {"x.weight": np.ones((40, 32), FP8), "x.weight_scale_inv": np.ones((3, 2), np.float32)}
+    return {name: array for name, array in (stored | named(changes)).items() if array is not None}
+
+
+def packed(**changes: Any) -> Arrays:
+    stored = {
+        "x.weight_packed": np.zeros((16, 8), np.int32), "x.weight_scale": np.ones((16, 2), ml_dtypes.bfloat16),
+        "x.weight_shape": np.array([16, 64]),
+    }  # fmt: skip
+    return {name: array for name, array in (stored | named(changes)).items() if array is not None}
+
+
+def nf4(state: str | None = None, **changes: Any) -> Arrays:
+    told = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [8, 64], **changes}
+    text = json.dumps(told) if state is None else state
+    return {
+        "x.weight": np.zeros((256, 1), np.uint8), "x.weight.absmax": np.ones(8, np.float32),
+        "x.weight.quant_map": np.ones(16, np.float32),
+        "x.weight.quant_state.bitsandbytes__nf4": np.frombuffer(text.encode(), np.uint8),
+    }  # fmt: skip
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32}
+NF4 = {"quant_method": "bitsandbytes"}
+INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+PACKED = {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": INT4}}}
+MXFP4 = {"quant_method": "mxfp4"}
+EXPERTS = {"x_blocks": np.zeros((1, 4, 2, 16), np.uint8), "x_scales": np.full((1, 4, 2), 127, np.uint8)}
+
+#: (number in the list of bad inputs and what it is, stored tensors, quantization_config, pattern of the message)
+BAD: list[tuple[str, Arrays, dict[str, Any], str]] = [
+    ("77 FP8 without scale", {**fp8(), "y.weight": np.ones((2, 2), FP8)}, BLOCK, "'y.weight'.* has no scale"),
+    ("78 scale without weight", {**fp8(), "y.weight_scale_inv": np.ones((1, 1))}, BLOCK, "'y.weight_sc.*not there"),
+    ("79 grid", fp8(weight_scale_inv=np.ones((2, 2), np.float32)), BLOCK, r"\[2, 2\], expected .*\[3, 2\]"),
+    ("79 dtype of scales", fp8(weight_scale_inv=np.ones((3, 2), np.int32)), BLOCK, "is I32, expected F32 or"),
+    ("block size", fp8(), {**BLOCK, "weight_block_size": [0, 16]}, "block size .*expected two numbers"),
+    ("81 v2 zeros in v1", gptq(qzeros=np.full((2, 2), -2004318072, np.int32)), GPTQ, "zero point 9 .* has 8"),
+    ("81 format", gptq(), {**GPTQ, "checkpoint_format": "marlin"}, "'marlin', this version reads gptq and gptq_v2"),
+    ("82 g_idx beyond", gptq(g_idx=np.full(64, 2, np.int32)), GPTQ, "'x.g_idx'.* names group 2, there are 2"),
+    ("82 g_idx below", gptq(g_idx=np.full(64, -1, np.int32)), GPTQ, "names group -1"),
+    ("82 length of g_idx", gptq(g_idx=np.zeros(60, np.int32)), GPTQ, "which are not 60 codes of 4 bits"),
+    ("GPTQ bits", gptq(g_idx=None), {**GPTQ, "bits": 5}, "codes of '5' bits.*2, 3, 4 and 8"),
+    ("GPTQ without scales", gptq(scales=None), GPTQ, "'x.qweight' is quantised, and its 'x.scales' is missing"),
+    ("GPTQ zeros", gptq(qzeros=np.zeros((2, 3), np.int32)), GPTQ, r"'x.qzeros' has shape \[2, 3\], expected \[2, 2\]"),
+    ("GPTQ groups", gptq(g_idx=None), {**GPTQ, "group_size": 16}, "has 2 groups, expected 4 of 16 in 64 rows"),
+    ("83 AWQ gemv", {}, {**AWQ, "version": "gemv"}, "AWQ of version 'gemv'.*reads gemm"),
+    ("83 AWQ bits", {}, {**AWQ, "bits": 8}, "with '8' bits"),
+    ("84 not JSON", nf4("{"), NF4, "bitsandbytes__nf4.*is not valid JSON"),
+    ("84 a list", nf4("[]"), NF4, "expected an object"),
+    ("84 blocksize 0", nf4(blocksize=0), NF4, "has blocksize 0, which no nf4 weight has"),
+    ("84 shape", nf4(shape=[8, 65]), NF4, r"has 256 bytes, expected 260 for shape \[8, 65\]"),
+    ("84 shape of text", nf4(shape="x"), NF4, "has shape 'x'"),
+    ("84 huge shape", nf4(shape=[1 << 40, 1 << 40]), NF4, "has 256 bytes, expected"),
+    ("84 dtype", nf4(dtype="int8"), NF4, "has dtype 'int8'"),
+    ("84 absmax", {**nf4(), "x.weight.absmax": np.ones(7, np.float32)}, NF4, r"shape \[7\], expected \[8\]"),
+    ("84 no absmax", {k: v for k, v in nf4().items() if k != "x.weight.absmax"}, NF4, "absmax' is missing"),
+    ("85 NaN scale", EXPERTS | {"x_scales": np.full((1, 4, 2), 255, np.uint8)}, MXFP4, "'x_scales' holds 255.*is NaN"),
+    ("MXFP4 scales", EXPERTS | {"x_scales": np.zeros((1, 4, 3), np.uint8)}, MXFP4, r"expected \[1, 4, 2\]"),
+    ("MXFP4 without scales", {"x_blocks": EXPERTS["x_blocks"]}, MXFP4, "its 'x_scales' is missing"),
+    ("packed without shape", packed(weight_shape=None), PACKED, "its 'x.weight_shape' is missing"),
+    ("packed width", packed(weight_packed=np.zeros((16, 7), np.int32)), PACKED, "fits 0 of the kinds"),
+    ("no kind", packed(), {**PACKED, "config_groups": {}}, "fits 0 of the kinds .*none is given"),
+    ("packed zeros", packed(weight_zero_point=np.zeros((3, 2), np.int32)), PACKED, r"\[3, 2\], expected \[2, 2\]"),
+    ("packed index", packed(weight_g_idx=np.full(64, 9, np.int32)), PACKED, "names group 9, there are 2"),
+    ("sparse", packed(), {**PACKED, "format": "marlin-24"}, "of format 'marlin-24', this version reads"),
+    ("rotated", packed(), {**PACKED, "transform_config": {"a": 1}}, "weights are rotated"),
+    ("NVFP4 global scale", packed(weight_packed=np.zeros((16, 8), np.uint8), weight_scale=np.ones((16, 1), FP8),
+        weight_global_scale=np.ones(5, np.float32)), PACKED, r"global_scale' has shape \[5\]"),
+    ("8 bit layout", {"x.weight": np.ones((2, 2), np.int8), "x.SCB": np.ones(2, np.float32),
+        "x.weight_format": np.array(1, np.uint8)}, NF4, "rows are tiled"),
+    ("two of one name", {**gptq(), "x.weight": np.ones((16, 64), np.float16)}, GPTQ, "'x.weight' is there too"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("stored", "config", "message"), [row[1:] for row in BAD], ids=[row[0] for row in BAD])
+def test_a_bad_input_is_refused_by_name(stored: Arrays, config: dict[str, Any], message: str) -> None:
+    checkpoint = MemoryCheckpoint(stored, "bad")
+    checkpoint.config = {"quantization_config": config}
+    with pytest.raises(InputRejected) as refused:
+        dict(dequantised(checkpoint))
+    (told,) = refused.value.problems
+    assert told.startswith("bad: ")
+    assert re.search(message, told), told
+
+
+UNREAD: list[tuple[str, Callable[[Arrays], Arrays], dict[str, Any], str]] = [
+    ("86 unknown method", dict, {"quant_method": "hqq"}, r"a quantised checkpoint \('hqq'\), this version reads awq"),
+    ("86 no method", dict, {"bits": 4}, r"a quantised checkpoint \('unknown'\)"),
+    ("87 nothing quantised", dict, {"quant_method": "gptq"}, "by its config.json, and no tensor is: remove quant"),
+    ("87 the reverse", lambda m: m | {"x.qweight": np.zeros((2, 2), np.int32)}, {}, "'x.qweight'.*a part of GPTQ"),
+]
+
+
+@pytest.mark.parametrize(("change", "config", "message"), [row[1:] for row in UNREAD], ids=[row[0] for row in UNREAD])
+def test_what_is_not_read_is_not_merged(
+    change: Callable[[Arrays], Arrays], config: dict[str, Any], message: str, family: Family, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """It can be inspected: only a merge would be wrong."""
+    configured = {**CONFIG, "quantization_config": config} if config else CONFIG
+    odd = save(tmp_path / "odd", change(bf16(family.base_arrays)), config=configured)
+    smelt.load(odd).close()
+    path = tmp_path / "recipe.yml"
+    path.write_text(json.dumps(recipe("linear", [family.models[0], odd])))
+    code, told = refused_merge(capsys, path, tmp_path / "out")
+    assert code == 3
+    assert re.search(message, told[0])
