@@ -25,6 +25,7 @@ from docs import generate
 import smelt
 from smelt import methods
 from smelt.cli import main
+from tests.gguf_files import save_llama
 from tests.lora import written
 from tests.small_models import TOKENS, bf16, fine_tuned, llama, save
 
@@ -59,6 +60,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, name in enumerate(("code", "prose", "roman"), 1):
         save(folder / "models" / name, bf16(fine_tuned(base, seed, 0.005)), tokens=TOKENS)
         written(folder / "models" / f"{name}-lora", seed)
+    save_llama(folder / "models" / "roman-Q8_0.gguf", fine_tuned(base, 3, 0.005), quantised=True)
     return folder
 
 
