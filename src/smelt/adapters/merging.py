@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoint import ADAPTER, Adapter, TensorInfo, open_adapter, plan_file
+from ..checkpoint import ADAPTER, TensorInfo, open_adapter, plan_file
+from ..checkpoint.adapter import Adapter
 from ..engine.artefact import Work, publish
 from ..engine.card import hub_id, public_name
 from ..engine.execute import usable_cores

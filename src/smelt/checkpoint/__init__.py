@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from .adapter import Adapter
 from .base import Checkpoint, Factors, FileIdentity, Part, TensorInfo
 from .selection import ADAPTER, AdapterGiven
 from .side import SideFiles
-from .source import load, load_adapted, load_adapter, open_adapter, side_files
+from .source import is_adapter, load, load_adapted, load_adapter, open_adapter, side_files
 from .writer import CheckpointWriter, Shard, plan_file, plan_shards
 
 __all__ = [
-    "ADAPTER", "Adapter", "AdapterGiven", "Checkpoint", "CheckpointWriter", "Factors", "FileIdentity", "Part",
-    "Shard", "SideFiles", "TensorInfo", "load", "load_adapted", "load_adapter", "open_adapter", "plan_file",
-    "plan_shards", "side_files",
+    "ADAPTER", "AdapterGiven", "Checkpoint", "CheckpointWriter", "Factors", "FileIdentity", "Part",
+    "Shard", "SideFiles", "TensorInfo", "is_adapter", "load", "load_adapted", "load_adapter", "open_adapter",
+    "plan_file", "plan_shards", "side_files",
 ]  # fmt: skip

@@ -95,6 +95,7 @@ class Checkpoint(ABC, Mapping[str, npt.NDArray[Any]]):
     metadata: the ``__metadata__`` strings of the file(s), merged.
     notices: what is worth a warning but no refusal.
     parts: how weight files are called, folder by folder; most models are of one part.
+    unwritten: what a copy in another format lacks, as notices.
     beside: side files that a copy needs beyond the well-known ones.
     scratch: bytes of memory that reading takes beside what it fills, however many checkpoints do.
     """
@@ -106,6 +107,7 @@ class Checkpoint(ABC, Mapping[str, npt.NDArray[Any]]):
     notices: Sequence[str] = ()
     parts: Sequence[Part] = (Part(),)
     beside: Sequence[str] = ()
+    unwritten: Sequence[str] = ()
     folder: Path | None = None
     revision: str | None = None
     scratch: int = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,6 @@ from .place import LocalPlace, Place
 from .safetensors import MAX_TENSORS, SafetensorsFile
 from .selection import ADAPTER, NUMBERED, PICKLED, WeightMap, choose, read_index, refuse_other_formats, stem_of
 from .side import SideFiles
-from .state_dict import PickledFile
 
 #: A place, and the one file in it that is meant, or None.
 Target = tuple[Place, str | None]
@@ -29,7 +28,10 @@ _MOST_NOTICES = 20
 #: Configs that belong to files of one stem alone; a folder may hold the same model for several libraries.
 _CONFIGS = {"open_clip_model": ("open_clip_config.json",)}
 
-_File = SafetensorsFile | PickledFile
+if TYPE_CHECKING:
+    from .state_dict import PickledFile
+
+    _File = SafetensorsFile | PickledFile
 
 
 class FolderCheckpoint(Checkpoint):
@@ -118,7 +120,11 @@ def _target(source: Path | Target) -> Target:
 
 def _opened(place: Place, name: str) -> _File:
     stored = place.open(name)
-    return PickledFile(stored) if name.endswith(PICKLED.endings) else SafetensorsFile(stored)
+    if not name.endswith(PICKLED.endings):
+        return SafetensorsFile(stored)
+    from .state_dict import PickledFile
+
+    return PickledFile(stored)
 
 
 def _locate(place: Place, file: str | None, pickled: bool) -> tuple[Sequence[str], WeightMap | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +12,13 @@ from .. import storage
 from ..errors import InputRejected
 from .documents import MAX_BYTES, parse_json
 from .stored import LocalFile, Stored
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.*")
+
+
+def is_url(text: str) -> bool:
+    """Whether a name leads elsewhere, by whatever way."""
+    return _URL.fullmatch(text) is not None
 
 
 class Place(ABC):

@@ -6,22 +6,23 @@ import difflib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from .. import storage
 from ..errors import InputRejected, show
 from . import hub
-from .adapter import AdaptedCheckpoint, Adapter, read_adapter, read_flat
 from .base import Checkpoint
 from .folder import FolderCheckpoint
-from .gguf import GgufCheckpoint
 from .memory import MemoryCheckpoint, of_module
 from .pipeline import PipelineCheckpoint, layout_of
-from .place import LocalPlace
-from .quantised import dequantised
-from .remote import RemoteCheckpoint, is_url, located
+from .place import LocalPlace, is_url
+from .quantisation import is_quantised
 from .selection import ADAPTER, DIFFUSERS_ADAPTER, gguf_file
 from .side import SideFiles
+
+# Formats are imported by whoever meets one: most runs meet safetensors alone.
+if TYPE_CHECKING:
+    from .adapter import Adapter
 
 
 def load(
@@ -45,10 +46,18 @@ def load(
     if as_stored or opened is source:
         return opened
     try:
-        return dequantised(opened)
+        return _dequantised(opened)
     except BaseException:
         opened.close()
         raise
+
+
+def _dequantised(opened: Checkpoint) -> Checkpoint:
+    if not is_quantised(opened):
+        return opened
+    from .quantised import dequantised
+
+    return dequantised(opened)
 
 
 def _opened(source: Any, revision: str | None, label: str | None, allow_pickle: bool) -> Checkpoint:
@@ -60,6 +69,8 @@ def _opened(source: Any, revision: str | None, label: str | None, allow_pickle: 
         return of_module(source, label or type(source).__name__)
     text = str(source)
     if is_url(text):
+        from .remote import RemoteCheckpoint
+
         return RemoteCheckpoint(text, revision, label)
     path = _path(text)
     if storage.exists(path):
@@ -81,6 +92,8 @@ def _on_disk(path: Path, label: str, commit: str | None, allow_pickle: bool) -> 
     """A file, a folder, or a folder of several models."""
     gguf = gguf_file(path)
     if gguf is not None:
+        from .gguf import GgufCheckpoint
+
         return GgufCheckpoint(gguf, label)
     layout = layout_of(path) if storage.is_folder(path) else None
     if layout is None:
@@ -101,6 +114,8 @@ def load_adapted(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], la
 
     It owns them and closes them. Raises InputRejected when an adapter does not fit.
     """
+    from .adapter import AdaptedCheckpoint
+
     try:
         return AdaptedCheckpoint(base, adapters, label)
     except BaseException:
@@ -109,9 +124,18 @@ def load_adapted(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], la
         raise
 
 
+def is_adapter(source: object) -> TypeGuard[Adapter]:
+    """Whether it is an opened adapter."""
+    if source is None or isinstance(source, str | Path | Mapping):
+        return False
+    from .adapter import Adapter
+
+    return isinstance(source, Adapter)
+
+
 def open_adapter(source: str | Path | Adapter, revision: str | None = None) -> Adapter:
     """Open an adapter: a folder, a file in kohya's or diffusers' naming, or a hub id. Raises as :func:`load`."""
-    if isinstance(source, Adapter):
+    if is_adapter(source):
         return source
     text = str(source)
     if is_url(text):
@@ -123,16 +147,18 @@ def open_adapter(source: str | Path | Adapter, revision: str | None = None) -> A
     if isinstance(source, Path) or not hub.is_id(name):
         raise InputRejected(f"{show(text, 1000)}: no such file or folder{_near(path)}")
     folder, commit = hub.fetch(name, revision or named or None, "adapter")
-    return read_adapter(folder, text, commit)
+    return _adapter_at(folder, text, commit)
 
 
-def _adapter_at(path: Path, label: str) -> Adapter:
+def _adapter_at(path: Path, label: str, commit: str | None = None) -> Adapter:
     """PEFT's folder, or a single file that needs no config."""
+    from .adapter import read_adapter, read_flat
+
     diffusers = path / DIFFUSERS_ADAPTER
     if storage.is_folder(path) and storage.exists(diffusers):
         path = diffusers
     if storage.is_folder(path) or path.name == ADAPTER:
-        return read_adapter(path.parent if path.name == ADAPTER else path, label)
+        return read_adapter(path.parent if path.name == ADAPTER else path, label, commit)
     file = FolderCheckpoint(path, label)
     try:
         return read_flat(file)
@@ -152,6 +178,8 @@ def side_files(source: str, revision: str | None = None) -> tuple[Mapping[str, b
     Of a hub id only these are downloaded; its folder, and that of a URL, is None. Raises as :func:`load`.
     """
     if is_url(source):
+        from .remote import located
+
         return SideFiles(located(source, revision)[0][0]), None
     path = _path(source)
     if storage.is_folder(path):

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..architecture import Structure, comparable_facts
-from ..checkpoint import Adapter, Checkpoint, TensorInfo
-from ..checkpoint.adapter import Hadamard, Kronecker, LowRank, Saved
+from ..checkpoint import Checkpoint, TensorInfo
+from ..checkpoint.adapter import Adapter, Hadamard, Kronecker, LowRank, Saved
 from ..kernels.dtypes import DTYPES
 from .layers import by_layer
 

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..checkpoint.gguf import GgufCheckpoint, GgufLayout, described, is_buffer, plan_gguf
+from ..checkpoint.gguf import GgufLayout, described, is_buffer, plan_gguf
 from ..errors import InputRejected, UsageError, show
 from ..kernels.dtypes import DTYPES
 from .config import patched_configs
-from .inputs import Input
 from .outputs import Output
 
 if TYPE_CHECKING:
@@ -50,11 +49,3 @@ def in_gguf(outputs: Sequence[Output], layout: GgufLayout) -> tuple[Output, ...]
     """The outputs that the file holds, each in the dtype in which the writer wants it."""
     dtypes = {info.name: info.dtype for info in layout.tensors}
     return tuple(replace(output, dtype=dtypes[output.name]) for output in outputs if output.name in dtypes)
-
-
-def tokenizer_notices(donor: Input) -> list[str]:
-    """That a model which is not written as GGUF itself loses the tokenizer that only such a file holds."""
-    checkpoint = donor.checkpoint
-    if not isinstance(checkpoint, GgufCheckpoint) or "tokenizer.ggml.tokens" not in checkpoint.header.metadata:
-        return []
-    return [f"{donor.label}: its tokenizer is not written: copy tokenizer.json of the original model beside the result"]

@@ -12,8 +12,8 @@ from typing import Any
 
 from ..architecture import Structure
 from ..architecture.config import vocabulary_sizes
-from ..checkpoint import Adapter, AdapterGiven, Checkpoint, load, load_adapted, open_adapter, side_files
-from ..checkpoint.quantised import refusals, without_quantisation
+from ..checkpoint import AdapterGiven, Checkpoint, is_adapter, load, load_adapted, open_adapter, side_files
+from ..checkpoint.quantisation import is_quantised, without_quantisation
 from ..errors import InputRejected, SmeltError
 from ..recipe import InputModel, ModelReference, Recipe
 from .card import public_name
@@ -196,7 +196,7 @@ def _load(
 ) -> Checkpoint:  # fmt: skip
     """A model with its adapters; an adapter that is named alone, on ``base``."""
     place = places.get(reference.path) if reference.revision is None else None
-    if isinstance(place, Adapter) and base is not None:
+    if is_adapter(place) and base is not None:
         return load_adapted(_load(base, base.text, places=places, allow_pickle=allow_pickle), [(place, 1.0)], label)
     try:
         source = reference.path if place is None else place
@@ -214,7 +214,10 @@ def _load(
 
 def quantised(item: Input) -> Iterator[str]:
     """What keeps a model from being merged as floats: codes that are not understood."""
-    return refusals(item.checkpoint)
+    if is_quantised(item.checkpoint):
+        from ..checkpoint.quantised import refusals
+
+        yield from refusals(item.checkpoint)
 
 
 def read_config(checkpoint: Checkpoint) -> bytes | None:

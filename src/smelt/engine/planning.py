@@ -10,16 +10,14 @@ from dataclasses import dataclass, field, replace
 from inspect import isgeneratorfunction
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import storage
-from ..checkpoint.gguf import GgufLayout
 from ..errors import UsageError, show
 from ..kernels.dtypes import DTYPES
 from ..methods import Method, Tensor, get
 from ..recipe import Recipe, not_yet, parse, parse_mapping
 from .alignment import Alignment, align, truncate
-from .gguf import gguf_layout, in_gguf, tokenizer_notices
 from .inputs import Inputs, Places
 from .layout import Layout, layout
 from .options import BASELINE, SHARD_SIZE, Options
@@ -31,6 +29,9 @@ from .tiles import TILE
 from .tokenizing import plan_tokens
 from .tokens import Tokens
 from .views import contains
+
+if TYPE_CHECKING:
+    from ..checkpoint.gguf import GgufLayout
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,13 +247,16 @@ def _planned(recipe: Recipe, method: Method, options: Options, inputs: Inputs) -
     notices += [*tokens.notices, *id_notices(inputs.donor.checkpoint, tokens)] if tokens is not None else []
     notices += alignment.notices if alignment is not None else ()
     as_gguf = recipe.output is not None and recipe.output.format == "gguf"
-    notices += tokenizer_notices(inputs.donor) if tokens is None and not as_gguf else []
+    lost = inputs.donor.checkpoint.unwritten if tokens is None and not as_gguf else ()
+    notices += [f"{inputs.donor.label}: {what}" for what in lost]
     made = Plan(
         recipe, method, maker.resolver.variant, seed, options, inputs, chart, tuple(outputs), notices,
         tokens=None if tokens is None else replace(tokens, known={}), alignment=alignment,
         measured=maker.resolver.measured(),
     )  # fmt: skip
     if as_gguf:
+        from .gguf import gguf_layout, in_gguf
+
         file = gguf_layout(made)
         made = replace(made, outputs=in_gguf(made.outputs, file), gguf=file, notices=[*notices, *file.notices])
     UsageError.gather(_memory_problems(made))

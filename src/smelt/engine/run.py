@@ -11,7 +11,6 @@ from typing import Any
 
 from .. import storage
 from ..checkpoint import Part, TensorInfo, plan_shards
-from ..checkpoint.gguf import GgufWriter
 from ..errors import InputRejected, show
 from ..kernels.program import Copy
 from ..methods import Model
@@ -211,6 +210,8 @@ def _write_weights(
 
         try:
             if plan.gguf is not None:
+                from ..checkpoint.gguf import GgufWriter
+
                 return write_through(GgufWriter(folder, plan.gguf), plan.gguf.tensors, fill)
             return write_tensors(folder, plan_shards(tensors, plan.shard_size, parts=parts), fill, journal)
         finally:

@@ -12,14 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .. import storage
 from ..checkpoint import CheckpointWriter, Shard, TensorInfo
-from ..checkpoint.gguf import GgufWriter
 from ..kernels.dtypes import DTYPES
 from .execute import usable_cores
 from .journal import Journal
@@ -62,7 +61,10 @@ class OrderedDigest:
         return self._hash.hexdigest()
 
 
-Writer = CheckpointWriter | GgufWriter
+if TYPE_CHECKING:
+    from ..checkpoint.gguf import GgufWriter
+
+    Writer = CheckpointWriter | GgufWriter
 
 
 class DiskSink:

@@ -61,6 +61,9 @@ def interleaved(rows: npt.NDArray[np.int64], count: int, heads: int) -> npt.NDAr
     return found
 
 
+_TOKENIZER = "its tokenizer is not written: copy tokenizer.json of the original model beside the result"
+
+
 class GgufCheckpoint(Checkpoint):
     """One GGUF file, or all files of a split set when one of them is named.
 
@@ -82,6 +85,10 @@ class GgufCheckpoint(Checkpoint):
             self.close()
             raise
         self.metadata = {key: text for key, text in self.header.metadata.items() if _is_fact(key, text)}
+        if "tokenizer.ggml.tokens" in self.header.metadata:
+            self.unwritten = [
+                "its tokenizer is not written: copy tokenizer.json of the original model beside the result"
+            ]
         native = _native(self._views.values())
         if self.config:
             self.config = {**self.config, "dtype": name_of(native)}

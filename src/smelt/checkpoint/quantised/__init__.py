@@ -7,6 +7,6 @@ Every stored tensor is part of a group, a scale of activations, which is dropped
 
 from __future__ import annotations
 
-from .checkpoint import Dequantised, dequantised, refusals, without_quantisation
+from .checkpoint import Dequantised, dequantised, refusals
 
-__all__ = ["Dequantised", "dequantised", "refusals", "without_quantisation"]
+__all__ = ["Dequantised", "dequantised", "refusals"]

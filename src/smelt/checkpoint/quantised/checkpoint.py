@@ -12,6 +12,7 @@ from ...errors import InputRejected, show
 from ...kernels.dtypes import DTYPES
 from ...storage import FileIdentity
 from ..base import Checkpoint
+from ..quantisation import CODES, COMPANIONS, Settings, settings_of, without_quantisation
 from .bitsandbytes import bitsandbytes_groups
 from .compressed import compressed_groups
 from .fp4 import expert_groups, modelopt_groups
@@ -20,7 +21,6 @@ from .scaled import fp8_groups
 from .stored import Group, Stored
 from .turned import HELD, Bands, Turned
 
-Settings = Mapping[str, Any]
 Finder = Callable[[Stored, Settings, Bands], Iterator[Group]]
 
 
@@ -42,25 +42,12 @@ _SCHEMES: dict[str, Finder] = {
     "gptq": gptq_groups, "awq": awq_groups, "mxfp4": expert_groups,
 }  # fmt: skip
 
-#: Where config.json says how weights are quantised.
-_KEYS = ("quantization_config", "compression_config")
-
 #: The last parts of names of what concerns activations alone.
 _ACTIVATIONS = {
     "input_scale", "input_scale_ub", "input_zero_point", "input_global_scale", "activation_scale", "output_scale",
     "output_zero_point", "k_scale", "v_scale", "q_scale", "kv_scale", "k_zero_point", "v_zero_point",
     "prob_output_scale",
 }  # fmt: skip
-
-#: What only means something beside codes.
-_COMPANIONS = (
-    "_scale_inv", ".weight_scale", ".weight_scale_2", ".weight_packed", ".weight_shape", ".weight_zero_point",
-    ".weight_g_idx", ".weight_global_scale", ".qweight", ".qzeros", ".scales", ".g_idx", ".absmax", ".quant_map",
-    ".nested_absmax", ".nested_quant_map", ".SCB", ".weight_format", "_blocks", "_scales", ".pre_quant_scale",
-)  # fmt: skip
-
-#: Codes that are integers: without their config they would pass for indices or counts.
-_CODES = {".weight_packed": "compressed-tensors", ".qweight": "GPTQ or AWQ", ".SCB": "bitsandbytes"}
 
 
 def dequantised(checkpoint: Checkpoint) -> Checkpoint:
@@ -76,27 +63,6 @@ def dequantised(checkpoint: Checkpoint) -> Checkpoint:
     stored = Stored(checkpoint)
     groups = list(find(stored, settings, Bands()))
     return Dequantised(stored, groups, method or "no quantization_config") if groups else checkpoint
-
-
-def settings_of(config: Mapping[str, Any]) -> Settings:
-    """What config.json, or a model's section in it, says of quantisation; empty where it says nothing."""
-    sections = [config, *(value for value in config.values() if isinstance(value, Mapping))]
-    said = [section[key] for section in sections for key in _KEYS if section.get(key)]
-    if not said:
-        return {}
-    settings = said[0] if isinstance(said[0], Mapping) else {"quant_method": said[0]}
-    if "quant_method" in settings or not {"config_groups", "format"} & settings.keys():
-        return settings
-    return {**settings, "quant_method": "compressed-tensors"}  # older files leave it out
-
-
-def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config for dequantised weights."""
-    return {
-        key: without_quantisation(value) if isinstance(value, Mapping) else value
-        for key, value in config.items()
-        if key not in _KEYS
-    }
 
 
 def refusals(checkpoint: Checkpoint) -> Iterator[str]:
@@ -118,7 +84,7 @@ def refusals(checkpoint: Checkpoint) -> Iterator[str]:
         if DTYPES[info.dtype].floating and not DTYPES[info.dtype].arithmetic:
             yield f"{where} {info.dtype}, a quantised payload without a scale: dequantise the model first"
             return
-        scheme = next((scheme for ending, scheme in _CODES.items() if name.endswith(ending)), None)
+        scheme = next((scheme for ending, scheme in CODES.items() if name.endswith(ending)), None)
         if scheme is not None:
             yield f"{where} a part of {scheme}: its config.json with quantization_config is missing"
             return
@@ -181,5 +147,5 @@ def _left_over(stored: Stored, plain: Mapping[str, Any]) -> Iterator[str]:
     for name, info in plain.items():
         if DTYPES[info.dtype].floating and not DTYPES[info.dtype].arithmetic:
             yield str(stored.rejected(info, f"is {info.dtype} and has no scale: download the model again"))
-        elif name.endswith(_COMPANIONS):
+        elif name.endswith(COMPANIONS):
             yield str(stored.rejected(info, "belongs to a quantised weight that is not there: download it again"))

@@ -19,15 +19,10 @@ from ..place import LocalPlace
 from .blocks import SCRATCH
 from .client import client_for
 
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)")
 _HUB = re.compile(r"([^/@]+/[^/@]+)(?:@([^/]+))?(?:/([^/]+))?/?")
 
 #: What is a file of a model, or of something else that must be refused by name.
 _FILES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
-
-
-def is_url(text: str) -> bool:
-    return _SCHEME.fullmatch(text) is not None
 
 
 class RemoteCheckpoint(FolderCheckpoint):
