@@ -42,6 +42,15 @@ class Rate:
     whole: float
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Gigabytes (1e9) of output per second of one core, where weights are computed as they are read."""
+
+    what: str
+    dtype: str
+    rate: float
+
+
 @dataclass(slots=True)
 class Session:
     """Everything that one invocation measured."""
@@ -51,6 +60,7 @@ class Session:
     versions: dict[str, str]
     runs: list[Run] = field(default_factory=list)
     rates: list[Rate] = field(default_factory=list)
+    readings: list[Reading] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,6 +71,7 @@ class Session:
         found = json.loads(path.read_text())
         found["runs"] = [Run(**run) for run in found["runs"]]
         found["rates"] = [Rate(**rate) for rate in found["rates"]]
+        found["readings"] = [Reading(**reading) for reading in found.get("readings", [])]
         return cls(**found)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.plot import Bars, bar_chart
-from benchmarks.records import Rate, Run, Session
+from benchmarks.records import Rate, Reading, Run, Session
 from benchmarks.shapes import SIZES, bench_dir
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
@@ -73,6 +73,8 @@ def markdown(sessions: Sequence[Session]) -> str:
         parts += [f"## Inputs in a {cache} page cache", merge_table(mine), quietness(mine)]
     if rates := [rate for session in sessions for rate in session.rates]:
         parts += ["## Kernels, one core: bf16 input per CPU second", rate_table(rates)]
+    if readings := [reading for session in sessions for reading in session.readings]:
+        parts += ["## Weights that are computed as they are read, one core", reading_table(readings)]
     parts += ["## Machine", machine_table(sessions[-1])]
     return "\n\n".join(parts) + "\n"
 
@@ -139,6 +141,10 @@ def rate_table(rates: Sequence[Rate]) -> str:
         for rate in rates
     ]
     return table(["method", "inputs", "formula GB/s", "with all passes GB/s"], rows)
+
+
+def reading_table(readings: Sequence[Reading]) -> str:
+    return table(["stored as", "read as", "GB/s of output"], [[r.what, r.dtype, f"{r.rate:.2f}"] for r in readings])
 
 
 def machine_table(session: Session) -> str:
