@@ -14,6 +14,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, Protocol
 
 import numpy as np
@@ -43,13 +44,14 @@ class Sink(Protocol):
 
 @dataclass(eq=False)
 class Job:
-    """One output tensor: how it is stored, and how to start its method."""
+    """One output tensor: how it is stored, how to start its method, and what a function of whole matrices holds."""
 
     name: str
     dtype: str
     count: int
     inputs: Sequence[Operand]
     begin: Callable[[], Steps | Output]
+    memory: int = 0
 
 
 @dataclass(eq=False)
@@ -67,11 +69,21 @@ class _Live:
 
 
 class Executor:
-    """Runs jobs on ``threads`` threads, each holding one tile at a time."""
+    """Runs jobs on ``threads`` threads, each holding one tile at a time, or a matrix.
 
-    def __init__(self, sink: Sink, mapper: Mapper, *, threads: int, progress: Progress | None = None) -> None:
+    Matrices whose functions hold more than ``memory`` bytes together wait for each other, the largest go first;
+    one always runs.
+    """
+
+    def __init__(
+        self, sink: Sink, mapper: Mapper, *, threads: int, memory: float = inf, progress: Progress | None = None
+    ) -> None:
         self._sink = sink
         self._mapper = mapper
+        self._threads = threads
+        self._memory = memory
+        self._waiting: list[tuple[_Live, Whole]] = []
+        self._held: list[int] = []
         self._most_live = 2 * threads + 2
         self._progress = progress or Silent()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="smelt")
@@ -91,10 +103,26 @@ class Executor:
         """Make every job's tensor. The first error stops the run and is raised."""
         waiting = deque(jobs)
         while waiting or self._live:
-            while waiting and len(self._live) < self._most_live:
+            while waiting and self._started < self._most_live:
                 self._start(waiting.popleft())
+            self._start_waiting()
             if self._live:
                 self._collect()
+
+    @property
+    def _started(self) -> int:
+        """Jobs in flight that hold something: a matrix that waits holds nothing but what a pass has found for it."""
+        return len(self._live) - sum(live.steps is None for live, _ in self._waiting)
+
+    def _start_waiting(self) -> None:
+        """Submit matrices, the largest that fits first: no more than there are threads, so that what runs is known."""
+        for live, output in sorted(self._waiting, key=lambda each: -each[0].job.memory):
+            needed = live.job.memory
+            fits = len(self._held) < self._threads and sum(self._held) + needed <= self._memory
+            if fits or not self._held:
+                self._waiting.remove((live, output))
+                self._held.append(needed)
+                self._submit(live, self._whole(live.job, output), self._end_whole(live))
 
     def _start(self, job: Job) -> None:
         if not job.count:
@@ -148,7 +176,7 @@ class Executor:
             self._submit(live, lambda tile: run_rows(output, job, tile, self._sink, self._buffers), self._end(live))
         elif isinstance(output, Whole):
             live.tiles = [Tile(0, job.count, self._buffers)]
-            self._submit(live, self._whole(job, output), self._end(live))
+            self._waiting.append((live, output))
         elif isinstance(output, Number):
             live.tiles = [Tile(0, 1, self._buffers)]
             self._submit(live, lambda tile: self._write_number(job, output.value), self._end(live))
@@ -191,6 +219,15 @@ class Executor:
         def after() -> None:
             self._sink.finish(live.job.name)
             self._live.discard(live)
+
+        return after
+
+    def _end_whole(self, live: _Live) -> Callable[[], None]:
+        end = self._end(live)
+
+        def after() -> None:
+            self._held.remove(live.job.memory)
+            end()
 
         return after
 

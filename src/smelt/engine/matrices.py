@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,12 +11,12 @@ import numpy.typing as npt
 from ..kernels import random
 from ..kernels.dtypes import DTYPES
 from ..kernels.generate import precision_of
-from ..kernels.program import ByRow, Call, Draw, Mask, Operand
+from ..kernels.program import ByRow, Call, Draw, Mask, Operand, Source
 
 if TYPE_CHECKING:
     from .tiles import Tile
 
-#: Gives the values of an operand in the shape that the function is to see.
+#: Gives the values of an operand in the shape and the precision that the function is to see, as an array of one's own.
 Reader = Callable[[Operand], npt.NDArray[Any]]
 
 
@@ -40,22 +40,34 @@ def compute(operand: ByRow, tile: Tile, out: npt.NDArray[Any]) -> None:
 def _rows(call: Call, tile: Tile, length: int, first: int, count: int) -> npt.NDArray[Any]:
     """The function's result for ``count`` elements of the tile from ``first`` on, in rows of ``length``."""
 
+    precision = np.dtype(precision_of(call))
+
     def read(operand: Operand) -> npt.NDArray[Any]:
-        return DTYPES[operand.dtype].as_values(tile(operand)[first : first + count]).reshape(-1, length)
+        values = DTYPES[operand.dtype].as_values(tile(operand)[first : first + count])
+        return values.astype(precision).reshape(-1, length)
 
     return called(call, read, (tile.start + first, count), (-1, length))
 
 
 def called(call: Call, read: Reader, span: tuple[int, int], shape: tuple[int, ...]) -> npt.NDArray[Any]:
     """The function's result. ``span``: the first element that it is about, and how many."""
-    precision = np.dtype(precision_of(call))
     with np.errstate(all="ignore"):
-        return np.asarray(call.formula(**_arguments(call.arguments, read, span, shape, precision)))
+        return np.asarray(call.formula(**_arguments(call.arguments, read, span, shape)))
 
 
-def _arguments(
-    given: Mapping[str, Any], read: Reader, span: tuple[int, int], shape: tuple[int, ...], precision: np.dtype[Any]
-) -> dict[str, Any]:
+def called_in_strips(call: Call, source: Callable[[Operand], Source]) -> Iterator[npt.NDArray[Any]]:
+    """What a function of sources yields."""
+
+    def one(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(one(item) for item in value)
+        return source(value) if hasattr(value, "read") else value
+
+    with np.errstate(all="ignore"):
+        yield from call.formula(**{name: one(value) for name, value in call.arguments.items()})
+
+
+def _arguments(given: Mapping[str, Any], read: Reader, span: tuple[int, int], shape: tuple[int, ...]) -> dict[str, Any]:
     """Operands as arrays, draws and masks as booleans, all else as it is. ``span``: first element, how many."""
 
     def one(value: Any) -> Any:
@@ -66,6 +78,6 @@ def _arguments(
             return random.drawn(random.words(value.key, *span), density).reshape(shape)
         if isinstance(value, Mask):
             return read(value.operand) != 0
-        return read(value).astype(precision) if isinstance(value, ByRow) or hasattr(value, "read") else value
+        return read(value) if isinstance(value, ByRow) or hasattr(value, "read") else value
 
     return {name: one(value) for name, value in given.items()}

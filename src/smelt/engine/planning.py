@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from inspect import isgeneratorfunction
 from pathlib import Path
 from types import MappingProxyType
@@ -97,23 +98,33 @@ class Plan:
 
     @property
     def peak_memory(self) -> int:
-        """Expected resident memory in bytes: the process itself, vocabularies, and the tiles in flight."""
-        most = max((self._tile_bytes(output) for output in self.outputs), default=0)
+        """Expected resident memory in bytes: the process itself, vocabularies, tiles and matrices in flight."""
+        matrices = sorted((whole for _, whole in map(self.bytes_of, self.outputs)), reverse=True)
+        at_once = sum(matrices[: self.options.threads])
+        return self._beside_matrices + max(*matrices[:1], min(at_once, self.whole_memory))
+
+    @property
+    def whole_memory(self) -> int:
+        """Bytes that functions of whole matrices may hold together; where one needs more than that, it has to wait."""
+        return self.options.memory - self._beside_matrices
+
+    @cached_property
+    def _beside_matrices(self) -> int:
+        most = max((tile for tile, _ in map(self.bytes_of, self.outputs)), default=0)
         vocabulary = 0 if self.tokens is None else self.tokens.memory
         return BASELINE + vocabulary + self.inputs.scratch + self.options.threads * most
 
-    def _tile_bytes(self, output: Output) -> int:
-        """Memory that one thread needs for one tile: the operands, the result, and as much again in counters."""
+    def bytes_of(self, output: Output) -> tuple[int, int]:
+        """Memory that one thread needs: for a tile (operands, result, as much again in counters), for a matrix."""
         operands = sum(source.nbytes for source in output.piece.sources)
         beside = sum(operand.count * DTYPES[operand.dtype].bits // 8 for operand in output.statistics)
         row, more = (1, 0) if output.tensor is None else self.method.holds(output.tensor)
-        if more and row >= output.count:  # whole operands are read one by one, and widened
-            stored = max(source.nbytes for source in output.piece.sources)
-            return stored + row * more + (4 << 20)
+        if more and row >= output.count:
+            return 0, row * more + (4 << 20)
         count = output.count if output.tensor is None else output.tensor.count
         held = min(count, TILE + row - 1)
         tile = held / max(1, count)
-        return int(2 * tile * (operands + beside + output.nbytes)) + held * more + (4 << 20)
+        return int(2 * tile * (operands + beside + output.nbytes)) + held * more + (4 << 20), 0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for ``--json``."""

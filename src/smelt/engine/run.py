@@ -230,7 +230,7 @@ def _remember(plan: Plan, sink: DiskSink, journal: Journal) -> Iterator[str]:
 def _execute(plan: Plan, sink: DiskSink, progress: Progress, warn: Callable[[str], None]) -> None:
     options = plan.options
     mapper = mapper_for(options.device, options.on_nonfinite, warn)
-    with Executor(sink, mapper, threads=options.threads, progress=progress) as executor:
+    with Executor(sink, mapper, threads=options.threads, memory=plan.whole_memory, progress=progress) as executor:
         outputs = [output for output in _surveyed(plan, executor) if output.name not in sink.done]
         progress.advance(sum(output.input_bytes + output.nbytes for output in plan.outputs if output.name in sink.done))
         executor.run([_job(plan, output) for output in sorted(outputs, key=_disk_order)])
@@ -269,7 +269,7 @@ def _job(plan: Plan, output: Output) -> Job:
             return plan.method.parts(tensor)[output.part]
         return plan.method.merge(tensor)
 
-    return Job(output.name, output.dtype, tensor.count, operands, begin)
+    return Job(output.name, output.dtype, tensor.count, operands, begin, plan.bytes_of(output)[1])
 
 
 # --- what travels with them -----------------------------------------------------------------------------

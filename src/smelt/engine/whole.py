@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,9 +13,10 @@ import numpy.typing as npt
 from ..errors import OperationFailed, show
 from ..kernels.blas import one_thread
 from ..kernels.dtypes import DTYPES, narrowed
+from ..kernels.generate import precision_of
 from ..kernels.program import Copy, Operand, Whole, row_length
 from .device import Mapper, nonfinite
-from .matrices import called, rows_called
+from .matrices import called, called_in_strips, rows_called
 from .tiles import TILE, BufferPool, Tile
 
 if TYPE_CHECKING:
@@ -20,39 +24,107 @@ if TYPE_CHECKING:
 
 
 def run_whole(output: Whole, job: Job, tile: Tile, mapper: Mapper, sink: Sink, buffers: BufferPool) -> None:
-    """Call the function on whole arrays and write its result tile by tile; ``tile`` is the whole tensor.
+    """Call the function on whole arrays, or on sources, and write what it gives; ``tile`` is the whole tensor.
 
     Decompositions may never end on NaN: what is let pass is 0 for the function, and NaN in the result.
     """
-    shape = job.inputs[0].shape
-    gaps = np.zeros(shape, np.bool_)
+    shape, gaps = job.inputs[0].shape, Gaps()
+    precision = np.dtype(precision_of(output.call))
 
-    def read(operand: Operand) -> npt.NDArray[Any]:
-        values = _read_checked(operand, job.name, tile, mapper, buffers)
-        finite = np.isfinite(values)
-        if finite.all():
-            return values
-        if values.shape == shape:
-            np.logical_or(gaps, ~finite, out=gaps)
-        return np.where(finite, values, np.zeros((), values.dtype))
+    def source(operand: Operand) -> Reader:
+        own = gaps if operand.shape == shape else Gaps()
+        return Reader(operand, job.name, precision, own, tile, mapper, buffers)
 
+    first = 0
     with one_thread():
-        result = called(output.call, read, (0, job.count), shape)
-    if output.shape is not None and gaps.any():
-        raise OperationFailed(f"tensor {show(job.name)}: a task vector with NaN or Inf has no factors: exclude it")
-    _write(result, 0, job, sink, buffers, gaps.reshape(-1) if gaps.any() else None)
+        for part in _results(output, source, (0, job.count), shape):
+            if output.shape is not None and gaps:
+                why = "a task vector with NaN or Inf has no factors: exclude it"
+                raise OperationFailed(f"tensor {show(job.name)}: {why}")
+            _write(part, first, job, sink, buffers, gaps)
+            first += part.size
 
 
-def _read_checked(operand: Operand, name: str, whole: Tile, mapper: Mapper, buffers: BufferPool) -> npt.NDArray[Any]:
-    """As :func:`read_whole`, tile by tile through the map pass, which knows what becomes of NaN and Inf."""
-    dtype = DTYPES[operand.dtype]
-    stored = np.empty(operand.count, dtype.storage)
-    for start in range(0, operand.count, TILE):
-        tile = Tile(start, min(TILE, operand.count - start), buffers)
-        mapper(name, Copy(operand), operand.dtype, tile, stored[start : start + tile.count])
-        whole.bytes_read += tile.bytes_read
-        tile.release()
-    return dtype.as_values(stored).reshape(operand.shape)
+def _results(
+    output: Whole, source: Callable[[Operand], Reader], span: tuple[int, int], shape: tuple[int, ...]
+) -> Iterator[npt.NDArray[Any]]:
+    if output.strips:
+        yield from called_in_strips(output.call, source)
+    else:
+        yield called(output.call, lambda operand: source(operand).all(), span, shape)
+
+
+class Gaps(dict[int, npt.NDArray[np.bool_]]):
+    """Where values are NaN or infinite: first element -> one truth value per element, of the tiles that have any."""
+
+    def note(self, start: int, found: npt.NDArray[np.bool_]) -> None:
+        self[start] = self[start] | found if start in self else found
+
+    def between(self, start: int, end: int) -> npt.NDArray[np.intp]:
+        """The elements, counted from ``start``."""
+        found = [first + np.flatnonzero(bad) for first, bad in sorted(self.items())]
+        places = np.concatenate(found or [np.zeros(0, np.intp)])
+        return places[(places >= start) & (places < end)] - start
+
+
+@dataclass(eq=False)
+class Reader:
+    """A :class:`~smelt.kernels.program.Source`, read tile by tile through the map pass.
+
+    That pass knows what becomes of NaN and Inf; here they are 0, and noted in ``gaps``. The tile that was read last
+    is kept, for the rows that begin in it.
+    """
+
+    operand: Operand
+    name: str
+    precision: np.dtype[Any]
+    gaps: Gaps
+    whole: Tile
+    mapper: Mapper
+    buffers: BufferPool
+    _at: int = -1
+    _values: npt.NDArray[Any] = field(default_factory=lambda: np.zeros(0))
+    _seen: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        shape = self.operand.shape
+        return (shape[0] if shape else 1), prod(shape[1:])
+
+    def all(self) -> npt.NDArray[Any]:
+        """Everything, in the operand's own shape."""
+        return self._elements(0, self.operand.count).reshape(self.operand.shape)
+
+    def rows(self, first: int, last: int) -> npt.NDArray[Any]:
+        length = self.shape[1]
+        return self._elements(first * length, last * length).reshape(-1, length)
+
+    def _elements(self, first: int, last: int) -> npt.NDArray[Any]:
+        out = np.empty(last - first, self.precision)
+        for start in range(first // TILE * TILE, last, TILE):
+            values = self._tile(start)
+            low, high = max(start, first), min(start + len(values), last)
+            out[low - first : high - first] = values[low - start : high - start]
+        return out
+
+    def _tile(self, start: int) -> npt.NDArray[Any]:
+        if start != self._at:
+            operand, count = self.operand, min(TILE, self.operand.count - start)
+            tile, dtype = Tile(start, count, self.buffers), DTYPES[operand.dtype]
+            stored = np.empty(count, dtype.storage)
+            self.mapper(self.name, Copy(operand), operand.dtype, tile, stored)
+            if start >= self._seen:
+                self.whole.bytes_read, self._seen = self.whole.bytes_read + tile.bytes_read, start + count
+            tile.release()
+            self._at, self._values = start, self._clean(start, dtype.as_values(stored).astype(self.precision))
+        return self._values
+
+    def _clean(self, start: int, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        finite = np.isfinite(values)
+        if not finite.all():
+            self.gaps.note(start, ~finite)
+            values[~finite] = 0
+        return values
 
 
 def run_rows(output: Whole, job: Job, tile: Tile, sink: Sink, buffers: BufferPool) -> None:
@@ -70,9 +142,8 @@ def read_whole(operand: Operand) -> npt.NDArray[Any]:
 
 
 def _write(
-    result: npt.NDArray[Any], first: int, job: Job, sink: Sink, buffers: BufferPool,
-    gaps: npt.NDArray[np.bool_] | None = None,
-) -> None:  # fmt: skip
+    result: npt.NDArray[Any], first: int, job: Job, sink: Sink, buffers: BufferPool, gaps: Gaps | None = None
+) -> None:
     """Store the values from element ``first`` on, each rounded once; NaN at the ``gaps``."""
     flat = result.reshape(-1)
     dtype = DTYPES[job.dtype]
@@ -83,6 +154,6 @@ def _write(
         dtype.as_values(out)[:] = once.astype(dtype.values)
         if nonfinite(out, job.dtype).any():
             raise OperationFailed(f"tensor {show(job.name)}: the result holds NaN or Inf")
-        if gaps is not None:
-            dtype.as_values(out)[gaps[start : start + TILE]] = np.nan
+        if gaps:
+            dtype.as_values(out)[gaps.between(first + start, first + start + len(part))] = np.nan
         sink.write(job.name, first + start, out, lambda out=out: buffers.give(out))  # type: ignore[misc]

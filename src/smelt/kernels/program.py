@@ -237,19 +237,30 @@ class Copy:
     operand: Operand
 
 
+class Source(Protocol):
+    """An operand as a matrix (first axis, the rest) that is not held: its rows are read as often as they are wanted."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    def rows(self, first: int, last: int) -> npt.NDArray[Any]:
+        """Rows first .. last in the computing precision, as an array of one's own."""
+
+
 @dataclass(frozen=True, eq=False)
 class Whole:
     """A matrix function: whole operands in, the whole output tensor out.
 
     ``function(**arguments)`` receives each Operand as a numpy array of the computing precision (float32, or
     float64 where an input is), Masks and Draws as boolean arrays. With ``by_rows`` it is called for a few
-    whole rows at a time, as (rows, row length), in bounded memory; it must treat every row alone. ``shape``: of
-    what it returns, where that is not the tensor's.
+    whole rows at a time, as (rows, row length), in bounded memory; it must treat every row alone. With ``strips``
+    it receives each Operand as a :class:`Source` and yields the result's rows in order, some at a time. ``shape``:
+    of what it returns, where that is not the tensor's.
     """
 
     function: Callable[..., Any]
     arguments: Mapping[str, Argument] = field(default_factory=dict)
     by_rows: bool = False
+    strips: bool = False
     shape: tuple[int, ...] | None = None
 
     @property
@@ -281,4 +292,25 @@ def then(outer: Formula, output: Output, **arguments: Argument) -> Output:
     if isinstance(output, Call):
         return Call(Then(output.formula, outer), {**output.arguments, **arguments})
     assert isinstance(output, Whole), "a part of a result is final"
-    return replace(output, function=Then(output.function, outer), arguments={**output.arguments, **arguments})
+    after = _ThenStrips if output.strips else Then
+    return replace(output, function=after(output.function, outer), arguments={**output.arguments, **arguments})
+
+
+@dataclass(frozen=True)
+class _ThenStrips:
+    """``outer`` of each strip that ``inner`` yields, and of the same rows of its own operands."""
+
+    inner: Callable[..., Iterator[npt.NDArray[Any]]]
+    outer: Formula
+
+    def __call__(self, **arguments: Any) -> Iterator[npt.NDArray[Any]]:
+        own = {name: arguments.pop(name) for name in names_of(self.outer)[1:]}
+        first = 0
+        for strip in self.inner(**arguments):
+            last = first + len(strip)
+            yield self.outer(strip, **{name: _rows(value, first, last) for name, value in own.items()})
+            first = last
+
+
+def _rows(value: Any, first: int, last: int) -> Any:
+    return value.rows(first, last) if hasattr(value, "rows") else value

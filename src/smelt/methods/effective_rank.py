@@ -8,21 +8,37 @@ loss as well. Every rule gives a number of at least 0.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from math import ceil, sqrt
-from typing import NamedTuple
 
 import numpy as np
 
 from .descent import Matrix
 
 
-class Directions(NamedTuple):
-    """One number per eigenvector, largest eigenvalue first, and the shape of the matrix that they belong to."""
+@dataclass(frozen=True, eq=False)
+class Directions:
+    """One number per eigenvector, largest eigenvalue first, and the shape of the matrix that they belong to.
+
+    ``squares`` finds ``pulls`` and ``starts``, for the rules that look at them.
+    """
 
     values: Matrix
-    pulls: Matrix
-    starts: Matrix
     shape: tuple[int, int]
+    squares: Callable[[], tuple[Matrix, Matrix]]
+
+    @cached_property
+    def _squares(self) -> tuple[Matrix, Matrix]:
+        return self.squares()
+
+    @property
+    def pulls(self) -> Matrix:
+        return self._squares[0]
+
+    @property
+    def starts(self) -> Matrix:
+        return self._squares[1]
 
 
 def _participation(sizes: Matrix) -> int:

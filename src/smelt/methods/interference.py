@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .descent import Matrix
-from .spectral import eigenpairs, triplets
+from .spectral import descending, square, triplets
 from .tensors import Tensor
 
 #: Eigenvalues below this share of the largest are rounding: no data lies in these directions.
@@ -63,20 +63,30 @@ class Quadratic:
 
     def spectrum(self) -> Spectrum:
         """The eigenvectors with an eigenvalue that is not rounding: signs, and turns within equal ones, are free."""
-        if self.few:
-            found = triplets(self.gram)
-            values, vectors = found.sigma**2, found.right
-        else:
-            values, vectors = eigenpairs(self.gram)
-            values, vectors = values[::-1], vectors[:, ::-1]
-        kept = values > _CUT * values.max(initial=0)
-        return Spectrum(values[kept], vectors[:, kept])
+        if not self.few:
+            return spectrum_of(self.gram)
+        found = triplets(self.gram)
+        return _significant(found.sigma**2, found.right)
 
     def moved(self, start: Matrix, spectrum: Spectrum, shares: Matrix) -> Matrix:
         """``start`` after its share of the way to the minimum along each vector; elsewhere it stays."""
-        there = (self.pull @ spectrum.vectors) / spectrum.values
-        way = (there - start @ spectrum.vectors) * shares
-        return np.asarray(start + way @ spectrum.vectors.T)
+        way = self.pull @ spectrum.vectors
+        way /= spectrum.values
+        way -= start @ spectrum.vectors
+        way *= shares
+        moved = way @ spectrum.vectors.T
+        moved += start
+        return np.asarray(moved)
+
+
+def spectrum_of(gram: Matrix) -> Spectrum:
+    """That of G (in, in) itself."""
+    return _significant(*descending(gram))
+
+
+def _significant(values: Matrix, vectors: Matrix) -> Spectrum:
+    count = int((values > _CUT * values.max(initial=0)).sum())
+    return Spectrum(values[:count], vectors[:, :count])
 
 
 def quadratic(terms: Iterator[Term], rows: int, shape: tuple[int, int], steps: bool = False) -> Quadratic:
@@ -85,7 +95,7 @@ def quadratic(terms: Iterator[Term], rows: int, shape: tuple[int, int], steps: b
     ``steps``: for many gradients, each of which multiplies by Z twice; else for one eigenproblem.
     """
     few = (2 if steps else 1) * rows < shape[1]
-    pull, gram, stacked = np.zeros(shape), np.zeros((0 if few else shape[1],) * 2), [np.zeros((0, shape[1]))]
+    pull, gram, stacked = np.zeros(shape), square(0 if few else shape[1]), [np.zeros((0, shape[1]))]
     for weight, target, probe in terms:
         scaled = sqrt(weight) * probe
         own = None if few else scaled.T @ scaled
@@ -103,12 +113,12 @@ def task_vector(base: npt.NDArray[np.float32], model: npt.NDArray[np.float32]) -
     return change.reshape(len(change), -1)
 
 
-def total_of(base: npt.NDArray[np.float32], models: Iterable[npt.NDArray[np.float32]]) -> Matrix:
-    """The sum of all task vectors, one at a time."""
-    first, *others = models
-    total = task_vector(base, first)
-    for model in others:
-        total += task_vector(base, model)
+def total_of(changes: Iterable[Matrix]) -> Matrix:
+    """Their sum, one at a time, in the memory of the first."""
+    rest = iter(changes)
+    total = next(rest)
+    for change in rest:
+        total += change
     return total
 
 

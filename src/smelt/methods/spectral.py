@@ -10,7 +10,7 @@ signs, and rotations inside equal singular values; use it in forms that do not d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any, NamedTuple
@@ -54,6 +54,50 @@ class Triplets:
         return Triplets(self.left, factor * self.sigma, self.right)
 
 
+@dataclass(frozen=True, eq=False)
+class Strips:
+    """A matrix (m, n), m >= n, in fp64, that is seen some rows at a time, as often as is wanted: it is never held.
+
+    ``parts`` gives consecutive rows, always the same ones.
+    """
+
+    shape: tuple[int, int]
+    parts: Callable[[], Iterable[Matrix]]
+
+    def gram(self) -> Matrix:
+        """A^T A (n, n)."""
+        total = square(self.shape[1])
+        for part in self.parts():
+            total += part.T @ part
+        return total
+
+    def onto(self, right: Matrix) -> Matrix:
+        """A^T (A B)."""
+        total = np.zeros_like(right)
+        for part in self.parts():
+            total += part.T @ (part @ right)
+        return total
+
+    def times(self, right: Matrix) -> Strips:
+        """A B."""
+        return Strips((self.shape[0], right.shape[1]), lambda: (part @ right for part in self.parts()))
+
+
+def strips_of(matrix: Matrix) -> Strips:
+    """A matrix that is held, as one strip."""
+    return Strips((matrix.shape[0], matrix.shape[1]), lambda: (matrix,))
+
+
+def beside(matrices: Sequence[Strips]) -> Strips:
+    """[A_1 .. A_T], of strips that have the same rows."""
+
+    def parts() -> Iterator[Matrix]:
+        for rows in zip(*(matrix.parts() for matrix in matrices), strict=True):
+            yield np.concatenate(rows, axis=1)
+
+    return Strips((matrices[0].shape[0], sum(matrix.shape[1] for matrix in matrices)), parts)
+
+
 def finite(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """With 0 in place of NaN and infinity, which no decomposition survives."""
     fine = np.isfinite(values)
@@ -64,16 +108,35 @@ def eigenpairs(gram: Matrix) -> tuple[Matrix, Matrix]:
     """As ``numpy.linalg.eigh``, for a positive semi-definite matrix (n, n): values ascending, vectors in columns.
 
     Where rows lie a multiple of 4 KiB apart, which the caches bear badly (15 % of the time), a few rows of another
-    matrix are put before them: they stay apart, and come first.
+    matrix are put before them: they stay apart, and come first. What :func:`square` made has room for these.
     """
     size = len(gram)
     if not size or size % 512:
         return np.linalg.eigh(gram)
-    apart = np.zeros((size + _PAD, size + _PAD))
-    apart[_PAD:, _PAD:] = gram
+    apart = gram.base
+    if apart is None or apart.shape != (size + _PAD,) * 2:
+        copy = square(size)
+        copy[:] = gram
+        apart = copy.base
+    assert apart is not None
     np.fill_diagonal(apart[:_PAD, :_PAD], -1.0 - float(np.trace(gram)))
     values, vectors = np.linalg.eigh(apart)
     return values[_PAD:], vectors[_PAD:, _PAD:]
+
+
+def descending(gram: Matrix) -> tuple[Matrix, Matrix]:
+    """The same, the largest first; turned round a few rows at a time, because each n x n counts."""
+    values, vectors = eigenpairs(gram)
+    for first in range(0, len(gram), 64):
+        rows = vectors[first : first + 64]
+        rows[:] = rows[:, ::-1].copy()
+    return values[::-1], vectors
+
+
+def square(size: int) -> Matrix:
+    """Zeros (n, n) in memory as :func:`eigenpairs` wants them, which saves it a copy."""
+    pad = 0 if size % 512 else _PAD
+    return np.zeros((size + pad,) * 2)[pad:, pad:]
 
 
 #: How many singular triplets: so many, or as many as a function says of all singular values, the largest first.
@@ -122,13 +185,27 @@ class InverseRoot(NamedTuple):
     sigma: Matrix
 
 
-def inverse_root(tall: Matrix, tolerance: float = 0.0) -> InverseRoot:
-    if not tall.any():
-        return InverseRoot(np.zeros((tall.shape[1],) * 2), np.zeros(0))
+def inverse_root(matrix: Matrix | Strips, tolerance: float = 0.0) -> InverseRoot:
+    tall = matrix if isinstance(matrix, Strips) else strips_of(matrix)
     sigma, right = _right_side(tall)
-    count = int((sigma > _floor(tall.shape, tolerance) * sigma[0]).sum())
+    count = int((sigma > _floor(tall.shape, tolerance) * sigma.max(initial=0)).sum())
     half = right[:, :count] / np.sqrt(sigma[:count])
     return InverseRoot(half @ half.T, sigma[:count])
+
+
+class RightSide(NamedTuple):
+    """The largest singular values (k,) of a matrix (m, n), the largest first, and their right vectors (n, k)."""
+
+    sigma: Matrix
+    vectors: Matrix
+
+
+def right_side(tall: Strips, count: Count | None = None, tolerance: float = 0.0) -> RightSide:
+    """Of the largest ``count`` singular triplets, all by default, and fewer where the rank is less."""
+    sigma, vectors = _right_side(tall, count)
+    found = sigma[: _counted(count, sigma)]
+    kept = int((found > _floor(tall.shape, tolerance) * found.max(initial=0)).sum())
+    return RightSide(found[:kept], np.ascontiguousarray(vectors[:, :kept]))
 
 
 def orthogonal_sum(parts: Sequence[Triplets]) -> Matrix:
@@ -160,38 +237,37 @@ def _counted(count: Count | None, sigma: Matrix) -> int:
 
 
 def _largest(tall: Matrix, count: Count | None) -> Triplets:
-    sigma, right = _right_side(tall, count)
+    sigma, right = _right_side(strips_of(tall), count)
     wanted = _counted(count, sigma)
     left = tall @ right[:, :wanted]
     return Triplets(left / np.maximum(sigma[:wanted], np.finfo(np.float64).tiny), sigma[:wanted], right[:, :wanted])
 
 
-def _right_side(tall: Matrix, count: Count | None = None) -> tuple[Matrix, Matrix]:
+def _right_side(tall: Strips, count: Count | None = None) -> tuple[Matrix, Matrix]:
     """All singular values of A (m, n), m >= n, the largest first, and their right vectors (n, n).
 
     Only the ``count`` largest need be exact.
     """
-    values, vectors = (found[..., ::-1] for found in eigenpairs(tall.T @ tall))
+    values, vectors = descending(tall.gram())
     sigma = np.sqrt(np.maximum(values, 0))
     wanted = _counted(count, sigma)
     if wanted and values[wanted - 1] <= _SAFE * values[0]:
-        vectors = np.ascontiguousarray(vectors)
         _refine(tall, sigma, vectors)
     return sigma, vectors
 
 
-def _refine(tall: Matrix, sigma: Matrix, vectors: Matrix) -> None:
+def _refine(tall: Strips, sigma: Matrix, vectors: Matrix) -> None:
     """Find the small singular values again, and their vectors: from the matrix times these, block by block."""
     settled, rounding = int((sigma > sqrt(_GOOD) * sigma[0]).sum()), _floor(tall.shape, 0.0) * sigma[0]
     while settled < len(sigma):
         high, low = vectors[:, :settled], vectors[:, settled:]
-        astray = high.T @ (tall.T @ (tall @ low))
+        astray = high.T @ tall.onto(low)
         low -= high @ (astray / (sigma[:settled] ** 2)[:, None])
-        image = tall @ low
-        if np.linalg.norm(image) <= rounding:
+        image = tall.times(low).gram()
+        if sqrt(float(np.trace(image))) <= rounding:
             sigma[settled:] = 0
             return
-        values, turn = (found[..., ::-1] for found in eigenpairs(image.T @ image))
+        values, turn = descending(image)
         low[:] = low @ turn
         sigma[settled:] = np.sqrt(np.maximum(values, 0))
         done = values > (_GOOD if values[-1] <= _SAFE * values[0] else 0.0) * values[0]

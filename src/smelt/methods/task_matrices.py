@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from math import ceil
+from collections.abc import Iterator
+from math import ceil, prod
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..kernels.program import Call, call
+from ..kernels.program import Call, Source, call
 from .registry import Parameter
-from .spectral import Matrix
+from .spectral import Matrix, Strips
 from .task_arithmetic import add_task_vectors
 from .tensors import Tensor
 
@@ -19,6 +20,30 @@ from .tensors import Tensor
 def delta_of(base: npt.NDArray[Any], model: npt.NDArray[Any]) -> Matrix:
     """model - base without rounding."""
     return np.asarray(model, np.float64) - np.asarray(base, np.float64)
+
+
+#: Elements of a strip.
+STRIP = 1 << 19
+
+
+def spans(shape: tuple[int, int]) -> list[tuple[int, int]]:
+    """The rows, first and last, that strips of a matrix have; a wide one is one strip."""
+    rows, columns = shape
+    step = rows if rows < columns else max(1, STRIP // max(1, columns))
+    return [(first, min(first + step, rows)) for first in range(0, rows, step)]
+
+
+def task_strips(base: Source, model: Source) -> Strips:
+    """model - base as a tall matrix: the transpose where it is wide, which is held whole then."""
+    rows, columns = base.shape
+
+    def parts() -> Iterator[Matrix]:
+        for first, last in spans(base.shape):
+            change = model.rows(first, last).astype(np.float64)
+            change -= base.rows(first, last)
+            yield change.T if rows < columns else change
+
+    return Strips((max(rows, columns), min(rows, columns)), parts)
 
 
 def is_matrix(tensor: Tensor) -> bool:
@@ -41,6 +66,32 @@ def held(tensor: Tensor, each: float, squares: float, side: int | None = None) -
     """
     length = min(tensor.shape) if side is None else side
     return tensor.count, ceil(each + 8 * squares * length * length / max(1, tensor.count))
+
+
+def held_in_strips(tensor: Tensor, strips: float, squares: float, side: int | None = None) -> int:
+    """Bytes that a function of sources holds in fp64 strips and square matrices, and what each source keeps.
+
+    A strip of a wide matrix is all of it.
+    """
+    rows, columns = tensor.shape[0], prod(tensor.shape[1:])
+    strip = tensor.count if rows < columns else min(tensor.count, STRIP)
+    length = min(rows, columns) if side is None else side
+    return int(8 * (strips * strip + squares * length * length)) + of_sources(tensor)
+
+
+def of_sources(tensor: Tensor) -> int:
+    """Bytes that the sources of all models and the base keep: a tile of each."""
+    return 4 * (tensor.size + 1) * min(tensor.count, STRIP)
+
+
+def in_many_strips(tensor: Tensor) -> bool:
+    """Whether there is a strip before the one in work, which is still held."""
+    return tensor.count > STRIP and tensor.shape[0] >= prod(tensor.shape[1:])
+
+
+def at_most(tensor: Tensor, *phases: int) -> tuple[int, int]:
+    """``Method.holds`` from the bytes that are held in turn."""
+    return tensor.count, ceil(max(phases) / max(1, tensor.count))
 
 
 ALPHA = Parameter("alpha", "float", 1.0, "factor of the merged task vector: 0.3 to 3", mergekit=False)

@@ -23,14 +23,40 @@ model give its truncated delta).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from ..kernels.program import Call, Copy, Operand, Output, Whole, call
+import numpy as np
+
+from ..kernels.program import Call, Copy, Operand, Output, Source, Whole, call
 from .parts import FOR_NO_TASK, TASK, packed, task_of
 from .registry import EXCLUDE, Citation, Method, Parameter, weight_parameter
-from .spectral import Triplets, combined, orthogonal_sum, triplets
-from .task_matrices import ALPHA, AVERAGE, TOLERANCE, averaged, delta_of, held, is_matrix
+from .spectral import (
+    Matrix,
+    Strips,
+    Triplets,
+    beside,
+    combined,
+    inverse_root,
+    orthogonal_sum,
+    right_side,
+    triplets,
+)
+from .task_matrices import (
+    ALPHA,
+    AVERAGE,
+    TOLERANCE,
+    at_most,
+    averaged,
+    delta_of,
+    held,
+    held_in_strips,
+    in_many_strips,
+    is_matrix,
+    spans,
+    task_strips,
+)
 from .tensors import Tensor, delta
 
 
@@ -40,10 +66,48 @@ def merge(tensor: Tensor) -> Call | Copy | Whole:
         return of_task(tensor, tensor.models[task])
     if not is_truncated(tensor):
         return averaged(tensor)
-    return Whole(merged, {
+    given = {
         "base": tensor.base, "models": tensor.models, "weights": tensor.each["weight"], "scale": tensor["alpha"],
         "rank": rank_of(tensor), "orthogonal": tensor["orthogonalise"], "tolerance": tensor["tolerance"],
-    })  # fmt: skip
+    }  # fmt: skip
+    return Whole(merged_in_strips, given, strips=True) if _fill_no_more_than(tensor) else Whole(merged, given)
+
+
+def _fill_no_more_than(tensor: Tensor) -> bool:
+    """Whether all tasks together have no more directions than the matrix."""
+    return rank_of(tensor) * tensor.size <= min(tensor.shape)
+
+
+def merged_in_strips(
+    base: Source, models: tuple[Source, ...], weights: tuple[float, ...], scale: float, rank: int, orthogonal: bool,
+    tolerance: float,
+) -> Iterator[Matrix]:  # fmt: skip
+    """As :func:`merged`, of matrices that are never held; U is D_t V_t / S_t, strip by strip."""
+    turned = base.shape[0] < base.shape[1]
+    joint, middle = _joint([task_strips(base, model) for model in models], weights, rank, orthogonal, tolerance)
+    for (first, last), strip in zip(spans(base.shape), joint.parts(), strict=True):
+        change = strip @ middle
+        change *= scale
+        change = change.T if turned else change
+        change += base.rows(first, last)
+        yield change
+
+
+def _joint(
+    deltas: list[Strips], weights: tuple[float, ...], rank: int, orthogonal: bool, tolerance: float
+) -> tuple[Strips, Matrix]:
+    """U, and what it is multiplied by from the right: the rest of its polar factor, S, and that of V^T."""
+    sides = [right_side(delta, rank, tolerance) for delta in deltas]
+    sigma = np.concatenate([side.sigma * weight for side, weight in zip(sides, weights, strict=True)])
+    right = np.concatenate([side.vectors for side in sides], axis=1)[:, sigma != 0]
+    joint = beside([
+        delta.times(side.vectors / side.sigma)
+        for delta, side, weight in zip(deltas, sides, weights, strict=True) if len(side.sigma) and weight != 0
+    ] or [deltas[0].times(right)])  # fmt: skip
+    sigma = sigma[sigma != 0]
+    if not orthogonal or len(deltas) == 1:
+        return joint, sigma[:, None] * right.T
+    return joint, inverse_root(joint).matrix @ (sigma[:, None] * (inverse_root(right).matrix @ right.T))
 
 
 def merged(base: Any, models: Any, weights: Any, scale: float, rank: int, orthogonal: bool, tolerance: float) -> Any:
@@ -114,8 +178,13 @@ def is_truncated(tensor: Tensor) -> bool:
 def holds(tensor: Tensor) -> tuple[int, int]:
     if tensor["task"] is not None:
         return held(tensor, 30, 4.2) if len(tensor.shape) == 2 else (1, 0)
+    if not is_truncated(tensor):
+        return 1, 0
+    if _fill_no_more_than(tensor):
+        strips = tensor.size + (6 if in_many_strips(tensor) else 3.5)
+        return at_most(tensor, held_in_strips(tensor, strips, 4), held_in_strips(tensor, 2, 9))
     share = max(1.0, rank_of(tensor) * tensor.size / max(1, min(tensor.shape)))
-    return held(tensor, 4 * (tensor.size + 1) + 30 * share, 11 * share) if is_truncated(tensor) else (1, 0)
+    return held(tensor, 4 * (tensor.size + 1) + 30 * share, 11 * share)
 
 
 METHODS = (

@@ -21,23 +21,25 @@ Directions that no task vector has keep W_0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from math import prod
 from typing import Any
 
 import numpy as np
 
-from ..kernels.program import Call, Copy, Whole, call
+from ..kernels.program import Call, Copy, Source, Whole, call
 from .descent import Matrix, adam, momentum_share
 from .effective_rank import LEVELS, RULES, Directions
-from .interference import Quadratic, Spectrum, Term, linear_weight, quadratic, squared_norm, task_vector, total_of
+from .interference import Spectrum, Term, linear_weight, quadratic, spectrum_of, squared_norm, task_vector, total_of
 from .registry import EXCLUDE, LAMBDA, Citation, Method, Parameter
+from .spectral import Strips, square
 from .task_arithmetic import add_task_vectors
-from .task_matrices import held
+from .task_matrices import at_most, held_in_strips, in_many_strips, of_sources, spans, task_strips
 from .tensors import Tensor
 
 Options = Mapping[str, Any]
+Squares = Callable[[], tuple[Matrix, Matrix]]
 
 
 def merge(tensor: Tensor) -> Call | Copy | Whole:
@@ -45,7 +47,9 @@ def merge(tensor: Tensor) -> Call | Copy | Whole:
     if tensor["lambda"] == 0:
         return Copy(tensor.base)
     if _solved(tensor):
-        return Whole(partial(solved, options=tensor.shared), {"base": tensor.base, "models": tensor.models})
+        tall = tensor.shape[0] >= prod(tensor.shape[1:]) and tensor["optimizer"] == "none"
+        function = partial(solved_tall if tall else solved_wide, options=tensor.shared)
+        return Whole(function, {"base": tensor.base, "models": tensor.models}, strips=True)
     if tensor["other"] == "base":
         return Copy(tensor.base)
     weights = (1 / tensor.size,) * tensor.size
@@ -60,31 +64,100 @@ def _solved(tensor: Tensor) -> bool:
     return (len(tensor.shape) == 2 or many) and (tensor.role is None or tensor.role.role != "head")
 
 
-def solved(base: Any, models: tuple[Any, ...], options: Options) -> Matrix:
-    """theta_0 + lambda W for a matrix (out, in) or what is flattened to one; returns fp64 of its shape."""
-    merged = merged_vector(base, models, options)
-    return np.asarray(base + options["lambda"] * merged.reshape(base.shape), np.float64)
+# --- wide matrices, and descent: all but the models is held -----------------------------------------------
 
 
-def merged_vector(base: Any, models: tuple[Any, ...], options: Options) -> Matrix:
+def solved_wide(base: Source, models: tuple[Source, ...], options: Options) -> Iterator[Matrix]:
+    """theta_0 + lambda W for a matrix (out, in) or what is flattened to one; in fp64."""
+    moved = merged_vector(base, models, options)
+    moved *= options["lambda"]
+    moved += base.rows(0, len(moved))
+    yield moved
+
+
+def merged_vector(base: Source, models: tuple[Source, ...], options: Options) -> Matrix:
     """W (out, in)."""
-    start = total_of(base, models)
-    if options["init"] != "sum":
-        start *= 1 / len(models) if options["init"] == "mean" else 0.0
     steps = options["optimizer"] == "adam"
-    form = quadratic(_terms(base, models), len(models) * len(start), start.shape, steps)
-    if steps:
+    form = quadratic(_terms(base, models), len(models) * base.shape[0], base.shape, steps)
+    spectrum = None if steps else form.spectrum()
+    start = total_of(_task_vectors(base, models))
+    start *= _start_share(options, len(models))
+    if spectrum is None:
         return adam(start, form.gradient, _rate(start, options), options["iter_num"])
-    spectrum = form.spectrum()
-    return form.moved(start, spectrum, _shares(form, start, spectrum, options))
+
+    def squares() -> tuple[Matrix, Matrix]:
+        return _squares(form.pull @ spectrum.vectors), _squares(start @ spectrum.vectors)
+
+    return form.moved(start, spectrum, _shares(_rate(start, options), start.shape, spectrum, squares, options))
 
 
-def _terms(base: Any, models: tuple[Any, ...]) -> Iterator[Term]:
+def _start_share(options: Options, models: int) -> float:
+    """W_0 over the sum of all task vectors."""
+    return {"sum": 1.0, "mean": 1 / models, "zero": 0.0}[options["init"]]
+
+
+def _task_vectors(base: Source, models: tuple[Source, ...]) -> Iterator[Matrix]:
+    rows = base.shape[0]
+    return (task_vector(base.rows(0, rows), model.rows(0, rows)) for model in models)
+
+
+def _terms(base: Source, models: tuple[Source, ...]) -> Iterator[Term]:
     """One per model that changed this matrix."""
-    for model in models:
-        change = task_vector(base, model)
+    for change in _task_vectors(base, models):
         if size := squared_norm(change):
             yield Term(1 / size, change, change)
+
+
+# --- tall matrices: H and W are never held ----------------------------------------------------------------
+
+
+def solved_tall(base: Source, models: tuple[Source, ...], options: Options) -> Iterator[Matrix]:
+    """The same from the Gram matrices alone: with F = V diag(f) V^T and K = V diag(f / lambda) V^T,
+
+    W = sum_i tau_i (s (I - F) + c_i tau_i^T tau_i K), s the share of the task vectors in W_0.
+    """
+    deltas = [task_strips(base, model) for model in models]
+    shares = _mixtures(deltas, options)
+    for (first, last), *strips in zip(spans(base.shape), *(delta.parts() for delta in deltas), strict=True):
+        moved = _mixed(strips, shares)
+        moved *= options["lambda"]
+        moved += base.rows(first, last)
+        yield moved
+
+
+def _mixtures(deltas: list[Strips], options: Options) -> list[Matrix]:
+    """What each task vector is multiplied by from the right (in, in), to add up to W."""
+    grams = [delta.gram() for delta in deltas]
+    for gram in grams:
+        gram *= 1 / (float(np.trace(gram)) or 1.0)
+    spectrum = spectrum_of(total_of([square(deltas[0].shape[1]), *grams]))
+
+    def squares() -> tuple[Matrix, Matrix]:
+        pulls = [gram @ spectrum.vectors for gram in grams]
+        starts = [_start_share(options, len(deltas)) * spectrum.vectors] * len(deltas)
+        rows = zip(*(delta.parts() for delta in deltas), strict=True)
+        found = [(_squares(_mixed(strips, pulls)), _squares(_mixed(strips, starts))) for strips in rows]
+        return total_of(pull for pull, _ in found), total_of(start for _, start in found)
+
+    shares = _shares(0.0, deltas[0].shape, spectrum, squares, options)
+    moved = (spectrum.vectors * (shares / spectrum.values)) @ spectrum.vectors.T
+    stays = (spectrum.vectors * -shares) @ spectrum.vectors.T
+    stays.flat[:: len(stays) + 1] += 1
+    stays *= _start_share(options, len(deltas))
+    for i, gram in enumerate(grams):
+        grams[i] = gram @ moved
+        grams[i] += stays
+    return grams
+
+
+def _mixed(strips: Sequence[Matrix], shares: list[Matrix]) -> Matrix:
+    """Of the same rows of all task vectors, the sum of each times its own matrix."""
+    return np.asarray(sum(strip @ share for strip, share in zip(strips, shares, strict=True)))
+
+
+def _squares(columns: Matrix) -> Matrix:
+    """Squared norms."""
+    return np.asarray(np.einsum("ij,ij->j", columns, columns))
 
 
 def _rate(start: Matrix, options: Options) -> float:
@@ -97,12 +170,12 @@ def _rate(start: Matrix, options: Options) -> float:
 # --- how far along each direction -----------------------------------------------------------------------
 
 
-def _shares(form: Quadratic, start: Matrix, spectrum: Spectrum, options: Options) -> Matrix:
-    """f for each eigenvalue."""
+def _shares(rate: float, shape: tuple[int, int], spectrum: Spectrum, squares: Squares, options: Options) -> Matrix:
+    """f for each eigenvalue; ``squares`` finds |H v|^2 and |W_0 v|^2 of each vector, where a rule looks at them."""
     if options["optimizer"] == "sgd":
-        return momentum_share(2 * spectrum.values, _rate(start, options), options["momentum"], options["iter_num"])
+        return momentum_share(2 * spectrum.values, rate, options["momentum"], options["iter_num"])
     shares = FILTERS[options["filter_type"]](spectrum.values, options)
-    shares[_rank(form, start, spectrum, options) :] = 0
+    shares[_rank(shape, spectrum, squares, options) :] = 0
     return shares
 
 
@@ -130,38 +203,44 @@ FILTERS: dict[str, Callable[[Matrix, Options], Matrix]] = {
 }  # fmt: skip
 
 
-def _rank(form: Quadratic, start: Matrix, spectrum: Spectrum, options: Options) -> int:
+def _rank(shape: tuple[int, int], spectrum: Spectrum, squares: Squares, options: Options) -> int:
     """How many of the largest eigenvalues are kept."""
-    rule, columns, least = options["auto_rank_method"], start.shape[1], int(options["min_rank"])
+    rule, columns, least = options["auto_rank_method"], shape[1], int(options["min_rank"])
     if rule == "none" or not len(spectrum.values):
         return int(columns)
     level = LEVELS.get(rule, 0.0) if options["rank_level"] is None else options["rank_level"]
     bound = max(least, round(options["max_rank_ratio"] * columns))
-    found = max(least, min(RULES[rule](_directions(form, start, spectrum), level), bound))
+    found = max(least, min(RULES[rule](_directions(shape, spectrum, squares), level), bound))
     scaled = round(found * float(options["rank_scale"]))
     return int(max(least, min(columns, scaled)))
 
 
-def _directions(form: Quadratic, start: Matrix, spectrum: Spectrum) -> Directions:
+def _directions(shape: tuple[int, int], spectrum: Spectrum, squares: Squares) -> Directions:
     """All directions of the rows' space: those that no task vector has count 0."""
-    free = np.zeros(start.shape[1] - len(spectrum.values))
+    free = np.zeros(shape[1] - len(spectrum.values))
 
-    def squares(matrix: Matrix) -> Matrix:
-        return np.append(((matrix @ spectrum.vectors) ** 2).sum(axis=0), free)
+    def all_squares() -> tuple[Matrix, Matrix]:
+        pulls, starts = squares()
+        return np.append(pulls, free), np.append(starts, free)
 
-    return Directions(np.append(spectrum.values, free), squares(form.pull), squares(start), start.shape)
+    return Directions(np.append(spectrum.values, free), shape, all_squares)
 
 
 # --- the record -----------------------------------------------------------------------------------------
 
 
 def holds(tensor: Tensor) -> tuple[int, int]:
-    """A task vector, the work of descent or of the filter, and G with its decomposition."""
+    """In turns: G with its decomposition, and the work of descent or of the filter."""
     if not tensor.count or not _solved(tensor):
         return 1, 0
-    columns = prod(tensor.shape[1:])
-    each, squares = (65, 2.3) if tensor["optimizer"] == "adam" else (56, 5)
-    return held(tensor, 4 * tensor.size + each, squares, min(columns, tensor.size * tensor.shape[0]))
+    rows, columns, size = tensor.shape[0], prod(tensor.shape[1:]), tensor.size
+    side = min(columns, size * rows)
+    if tensor["optimizer"] == "adam":
+        return at_most(tensor, int(65 * tensor.count + 18.4 * side * side) + of_sources(tensor))
+    if rows >= columns and tensor["optimizer"] == "none":
+        strips = (2 if in_many_strips(tensor) else 1) * size + 3
+        return at_most(tensor, held_in_strips(tensor, 1, size + 5), held_in_strips(tensor, strips, size))
+    return at_most(tensor, held_in_strips(tensor, 1 + size * (size * rows < columns), 5, side))
 
 
 _CLOSED = ("aswudi", "iwudi", "swudi")
