@@ -6,6 +6,8 @@ import itertools
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
+from time import sleep
 from typing import Any
 
 import ml_dtypes
@@ -14,7 +16,9 @@ import pytest
 
 import smelt
 from smelt.engine import execute, memory
+from smelt.engine.planning import Plan
 from smelt.errors import InputRejected, OperationFailed, UsageError
+from smelt.methods import task_matrices
 from tests.readback import values
 from tests.recipes import Family, recipe
 from tests.tensors import BASE, X, Y, Z, assert_close, bits, model
@@ -296,3 +300,63 @@ def test_a_group_that_does_not_fit_is_refused_with_what_it_needs(family: Family)
     with pytest.raises(UsageError, match=rf"needed with 64 threads \({least}MiB with one\), 300MiB allowed"):
         smelt.plan(tree, memory="300MiB", threads=64)
     smelt.plan(tree, memory=f"{max(256, least + 1)}MiB", threads=1).close()
+
+
+def test_large_matrices_wait_for_each_other(family: Family, tmp_path: Path, monkeypatch: Any) -> None:
+    """Two at once where they fit, one by one where not; the result is the same, and the plan says what is held."""
+    tree = recipe("wudi", family.models, family.base)
+    for entry in tree["models"]:
+        entry.pop("parameters", None)
+    running, most, lock = [0], [0], Lock()
+    original = execute.run_whole
+
+    def run_whole(*given: Any) -> None:
+        with lock:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        sleep(0.002)
+        original(*given)
+        with lock:
+            running[0] -= 1
+
+    monkeypatch.setattr(execute, "run_whole", run_whole)
+    monkeypatch.setattr(Plan, "whole_memory", property(lambda plan: 1))
+    smelt.merge(tree, tmp_path / "apart", threads=4)
+    alone, most[0] = most[0], 0
+    monkeypatch.setattr(Plan, "whole_memory", property(lambda plan: 1 << 40))
+    smelt.merge(tree, tmp_path / "together", threads=4)
+    assert (alone, most[0] > 1) == (1, True)
+    assert bits(values(tmp_path / "apart")) == bits(values(tmp_path / "together"))
+
+
+STRIPS = [("tsv", {}), ("tsv", {"orthogonalise": False}), ("wudi", {}), ("wudi", {"auto_rank_method": "wudi_risk"})]
+
+
+@pytest.mark.parametrize(("name", "parameters"), STRIPS)
+def test_strips_of_any_length_give_the_same(name: str, parameters: dict[str, Any], monkeypatch: Any) -> None:
+    base = drawn(60, 12)
+    models = [{"w": base + drawn(60, 12, seed=i) / 9} for i in range(1, 4)]
+    whole = smelt.merge_tensors(name, models, {"w": base}, parameters=parameters, dtype="float64")["w"]
+    monkeypatch.setattr(task_matrices, "STRIP", 12 * 7)
+    strips = smelt.merge_tensors(name, models, {"w": base}, parameters=parameters, dtype="float64")["w"]
+    np.testing.assert_allclose(strips, whole, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(40, 9), (9, 40)])
+def test_gaps_that_are_let_pass_come_out_where_they_were(shape: tuple[int, int], monkeypatch: Any) -> None:
+    monkeypatch.setattr(task_matrices, "STRIP", 9 * 7)
+    base = drawn(*shape)
+    models = [{"w": base + drawn(*shape, seed=i) / 9} for i in range(1, 4)]
+    models[1]["w"][7, 3] = np.nan
+    out = smelt.merge_tensors("tsv", models, {"w": base}, on_nonfinite="allow")["w"]
+    assert np.argwhere(np.isnan(out)).tolist() == [[7, 3]]
+
+
+def test_what_is_scaled_by_layer_afterwards_is_so_strip_by_strip(monkeypatch: Any) -> None:
+    monkeypatch.setattr(task_matrices, "STRIP", 9 * 7)
+    base = {f"model.layers.{i}.self_attn.q_proj.weight": drawn(40, 9, seed=i) for i in range(2)}
+    models = [{name: w + drawn(40, 9, seed=5 + i) / 9 for name, w in base.items()} for i in range(3)]
+    plain = smelt.merge_tensors("tsv", models, base)
+    lines = smelt.merge_tensors("tsv", models, base, lines={"alpha": 0.25, "beta": 0.5})
+    for factor, name in zip((0.25, 0.75), base, strict=True):
+        np.testing.assert_allclose(lines[name] - base[name], factor * (plain[name] - base[name]), atol=1e-6)

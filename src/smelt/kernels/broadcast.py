@@ -39,8 +39,12 @@ class PerColumn:
         self._values = np.asarray(values, np.float32).reshape(-1)
 
     def read(self, start: int, out: npt.NDArray[Any]) -> None:
-        shift = start % len(self._values)
-        out[:] = np.resize(np.roll(self._values, -shift), len(out))
+        length = len(self._values)
+        head = min(-start % length, len(out))
+        rows, tail = divmod(len(out) - head, length)
+        out[:head] = self._values[start % length :][:head]
+        out[head : len(out) - tail].reshape(rows, length)[:] = self._values
+        out[len(out) - tail :] = self._values[:tail]
 
 
 class LowRank:

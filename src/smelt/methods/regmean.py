@@ -61,31 +61,34 @@ def regression_mean(
 ) -> Matrix:  # fmt: skip
     """``models`` are n matrices (out, in), ``grams`` n matrices (in, in), ``weights`` sum to 1; returns (out, in)."""
     shares = weights or (1 / len(models),) * len(models)
-    mean = _total(share * np.asarray(model, np.float64) for share, model in zip(shares, models, strict=True))
+    mean = np.zeros(models[0].shape)
+    for share, model in zip(shares, models, strict=True):
+        mean += share * model.astype(np.float64, copy=False)
     total, pull = np.zeros((mean.shape[1],) * 2), np.zeros_like(mean)
     for share, model, gram in zip(shares, models, grams, strict=True):
-        seen = share * _shrunk(np.asarray(gram, np.float64), reduce_non_diagonal_ratio)
+        seen = _shrunk(gram, share, reduce_non_diagonal_ratio)
         total += seen
-        pull += (model - mean) @ seen
+        pull += np.subtract(model, mean) @ seen
     if reduce_non_diagonal_ratio == 0:
         spread = np.diag(total)
         return np.asarray(mean + pull / np.where(spread > 0, spread, 1))
-    return mean + _solved(total, pull.T).T
+    mean += _solved(total, pull.T).T
+    return mean
 
 
-def _total(parts: Any) -> Matrix:
-    return np.asarray(sum(parts), np.float64)
-
-
-def _shrunk(gram: Matrix, ratio: float) -> Matrix:
-    return ratio * gram + (1 - ratio) * np.diag(np.diag(gram))
+def _shrunk(gram: npt.NDArray[Any], share: float, ratio: float) -> Matrix:
+    """``share`` of the Gram matrix, and ``ratio`` of that off the diagonal."""
+    own = np.multiply(gram, share * ratio, dtype=np.float64)
+    np.fill_diagonal(own, share * np.diag(gram).astype(np.float64))
+    return own
 
 
 def _solved(gram: Matrix, right: Matrix) -> Matrix:
     """gram^-1 right for a symmetric positive semi-definite ``gram``."""
     ridge = 1e-10 * float(np.trace(gram)) / len(gram)
     for shift in (0.0, ridge, 1e3 * ridge):
-        shifted = gram + shift * np.eye(len(gram))
+        shifted = gram.copy() if shift else gram
+        shifted.flat[:: len(gram) + 1] += shift
         if _is_regular(shifted):
             return np.asarray(np.linalg.solve(shifted, right), np.float64)
     return np.asarray(np.linalg.lstsq(gram, right, rcond=None)[0], np.float64)

@@ -29,6 +29,7 @@ import numpy.typing as npt
 
 from ..kernels.broadcast import PerColumn, PerRow
 from ..kernels.program import ByRow, Operand, Rows, Whole, call
+from .descent import strips
 from .registry import EXCLUDE, Citation, Method, Parameter, Steps
 from .task_arithmetic import add_task_vectors
 from .tensors import Tensor, identity
@@ -67,19 +68,22 @@ def _flat(operand: Operand | None, shape: tuple[int, int]) -> Any:
 
 def row_products(base: Any, models: tuple[Any, ...]) -> Floats:
     """|w_0|^2, w_0 delta and |delta|^2 of each row and model: (rows, n, 3)."""
-    return _products(base, models, 1)
+    return _products(base, models, "ij,ij->i")
 
 
 def column_products(base: Any, models: tuple[Any, ...]) -> Floats:
     """The same of each column, over some of the rows: (columns, n, 3)."""
-    return _products(base, models, 0)
+    total = np.zeros((base.shape[1], len(models), 3))
+    for part in strips(base.shape):
+        total += _products(base[part], tuple(model[part] for model in models), "ij,ij->j")
+    return total
 
 
-def _products(base: Any, models: tuple[Any, ...], axis: int) -> Floats:
+def _products(base: Any, models: tuple[Any, ...], sums: str) -> Floats:
     w = base.astype(np.float64)
-    square = (w * w).sum(axis=axis)
+    square = np.einsum(sums, w, w)
     deltas = (model - w for model in models)
-    return np.stack([np.stack([square, (w * d).sum(axis), (d * d).sum(axis)], axis=-1) for d in deltas], axis=1)
+    return np.stack([np.stack([square, np.einsum(sums, w, d), np.einsum(sums, d, d)], axis=-1) for d in deltas], axis=1)
 
 
 def changes(sums: Floats, undirected_last: bool) -> tuple[Floats, Floats]:
