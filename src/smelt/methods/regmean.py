@@ -103,10 +103,10 @@ def _is_regular(gram: Matrix) -> bool:
 
 
 def holds(tensor: Tensor) -> tuple[int, int]:
-    """The models, the mean, the pull and the correction; the Gram matrices, and eight squares of their size."""
+    """The models, the mean, the pull and the correction; the Gram matrices, and six squares of their size."""
     if len(tensor.shape) != 2 or "gram" not in tensor.statistics:
         return 1, 0
-    return held(tensor, 4 * tensor.size + 38, 8 + tensor.size / 2, tensor.shape[1])
+    return held(tensor, 4 * tensor.size + 38, 6 + tensor.size / 2, tensor.shape[1])
 
 
 METHODS = (
