@@ -196,7 +196,8 @@ how. Descent takes 20 steps on both sides, LoRE three rounds. The straightforwar
 fp32; errors are relative to the same in fp64, in which smelt computes too. An SVD of a square matrix takes two to
 three times as long as the eigenproblem that stands for it, one of a long matrix four times. Where the straightforward
 way is a product or an inverse in fp32 (WUDI's steps, RegMean, WIDEN), fp64 costs twice as much. WUDI's default flavour
-(aswudi) takes no steps; the paper's takes 300, fifteen times those timed here.
+(aswudi) takes no steps; the paper's takes 300, fifteen times those timed here. Rows of four matrices have two threads
+on both sides: one matrix each for smelt, two per product or SVD for numpy.
 
 """
 

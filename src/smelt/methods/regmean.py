@@ -78,7 +78,7 @@ def regression_mean(
 
 def _shrunk(gram: npt.NDArray[Any], share: float, ratio: float) -> Matrix:
     """``share`` of the Gram matrix, and ``ratio`` of that off the diagonal."""
-    own = np.multiply(gram, share * ratio, dtype=np.float64)
+    own: Matrix = np.multiply(gram, share * ratio, dtype=np.float64)
     np.fill_diagonal(own, share * np.diag(gram).astype(np.float64))
     return own
 
