@@ -19,8 +19,12 @@ from .progress import bar
     help="What the weights are written as.",
 )  # fmt: skip
 @click.option(
-    "--dtype", type=click.Choice(["bfloat16", "float16", "float32", "float64", "q8_0"]),
-    help="Of floating tensors; q8_0 is for gguf. Default: what each has.",
+    "--dtype", type=click.Choice(["bfloat16", "float16", "float32", "float64", "q8_0", "fp8_block", "fp8_tensor"]),
+    help="Of floating tensors; q8_0 is for gguf, fp8 for the linear layers of safetensors. Default: what each has.",
+)  # fmt: skip
+@click.option(
+    "--scales", type=click.Choice(["fresh", "base"]),
+    help="Of fp8: from the values (default), or those that MODEL, which must be FP8 of the same kind, has.",
 )  # fmt: skip
 @click.option("--shard-size", metavar="SIZE", help="Largest weight file. Default: 5GB.")
 @click.option("--memory", default="1GiB", metavar="SIZE", show_default=True, help="Budget for buffers.")

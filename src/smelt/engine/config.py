@@ -47,6 +47,8 @@ def _whole(plan: Plan, config: dict[str, Any]) -> dict[str, Any]:
     _with_dtype(plan, plan.outputs, config)
     _set_layers(plan, config)
     _untie(plan, config)
+    if plan.float8 is not None:
+        config["quantization_config"] = plan.float8.config()
     return _with_vocabulary(plan, config)
 
 

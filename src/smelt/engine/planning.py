@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from .. import storage
+from ..checkpoint import TensorInfo
 from ..errors import UsageError, show
 from ..kernels.dtypes import DTYPES
 from ..methods import Method, Tensor, get
@@ -33,6 +34,7 @@ from .views import contains
 
 if TYPE_CHECKING:
     from ..checkpoint.gguf import GgufLayout
+    from .float8 import Float8
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +42,8 @@ class Plan:
     """The exact work. ``stages`` are the plans of the recipes whose results this one takes, which the figures
     do not count, but for ``disk_needed``. ``paths`` are local ones that the recipe's text names beside those
     of the inputs. ``measured`` are per-model parameters that came from files: (model, values). ``gguf`` is where
-    everything lies in the one file that is wanted of that format. ``close()`` releases the inputs.
+    everything lies in the one file that is wanted of that format, ``float8`` what is written in FP8. ``close()``
+    releases the inputs.
     """
 
     recipe: Recipe
@@ -58,6 +61,7 @@ class Plan:
     paths: tuple[str, ...] = ()
     measured: tuple[tuple[str, dict[str, float]], ...] = ()
     gguf: GgufLayout | None = None
+    float8: Float8 | None = None
 
     @property
     def passes(self) -> tuple[int, int]:
@@ -79,17 +83,31 @@ class Plan:
 
     @property
     def bytes_written(self) -> int:
-        return self.bytes_made if self.gguf is None else self.gguf.size
+        return self.gguf.size if self.gguf is not None else sum(info.nbytes for info in self.stored())
 
     @property
     def bytes_made(self) -> int:
         """Of the tensors as they are computed: more than is written where that is quantised."""
-        return sum(output.nbytes for output in self.outputs)
+        return sum(output.count * DTYPES[self.dtype_made(output)].bits // 8 for output in self.outputs)
+
+    def dtype_made(self, output: Output) -> str:
+        """The dtype that a tensor is computed in: float32 where that is quantised on its way to the disk."""
+        return "F32" if self.float8 is not None and output.name in self.float8.forms else output.dtype
+
+    def stored(self) -> list[TensorInfo]:
+        """The tensors of safetensors files, one by one."""
+        return [info for output in self.outputs for info in self._stored(output)]
+
+    def _stored(self, output: Output) -> list[TensorInfo]:
+        if self.float8 is None:
+            return [TensorInfo(output.name, output.dtype, output.shape)]
+        return list(self.float8.stored(output))
 
     @property
     def disk_needed(self) -> int:
         """Weights with their headers, and the side files; those of the stages too."""
         own = self.bytes_written + 512 * len(self.outputs) + sum(map(len, self.side_files().values())) + (1 << 20)
+        own += 0 if self.float8 is None else self.float8.spooled(self.options.threads)
         return own + sum(stage.disk_needed for stage in self.stages)
 
     def side_files(self) -> dict[str, bytes]:
@@ -112,7 +130,8 @@ class Plan:
     def _beside_matrices(self) -> int:
         most = max((tile for tile, _ in map(self.bytes_of, self.outputs)), default=0)
         vocabulary = 0 if self.tokens is None else self.tokens.memory
-        return BASELINE + vocabulary + self.inputs.scratch + self.options.threads * most
+        packing = 0 if self.float8 is None else self.float8.memory(self.options.threads)
+        return BASELINE + vocabulary + packing + self.inputs.scratch + self.options.threads * most
 
     def bytes_of(self, output: Output) -> tuple[int, int]:
         """Memory that one thread needs: for a tile (operands, result, as much again in counters), for a matrix."""
@@ -154,7 +173,8 @@ class Plan:
         """One row per output tensor."""
         return [
             {
-                "tensor": output.name, "dtype": output.dtype, "shape": list(output.shape), "bytes": output.nbytes,
+                "tensor": output.name, "dtype": self._stored(output)[0].dtype, "shape": list(output.shape),
+                "bytes": sum(info.nbytes for info in self._stored(output)),
                 "action": "merge" if output.tensor is not None else "copy", "why": output.piece.why,
                 "from": [f"{source.input.label}:{source.name}" for source in output.piece.sources],
                 "statistics": sorted(output.tensor.statistics) if output.tensor is not None else [],
@@ -270,6 +290,10 @@ def _planned(recipe: Recipe, method: Method, options: Options, inputs: Inputs) -
 
         file = gguf_layout(made)
         made = replace(made, outputs=in_gguf(made.outputs, file), gguf=file, notices=[*notices, *file.notices])
+    elif recipe.output is not None and recipe.output.packing is not None:
+        from .float8 import float8_layout
+
+        made = replace(made, float8=float8_layout(made))
     UsageError.gather(_memory_problems(made))
     return made
 

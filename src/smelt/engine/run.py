@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import storage
-from ..checkpoint import Part, TensorInfo, plan_shards
+from ..checkpoint import Part, plan_shards
 from ..errors import InputRejected, show
 from ..kernels.program import Copy
 from ..methods import Model
@@ -27,6 +27,7 @@ from .journal import Journal, reads_of
 from .manifest import NAME, dump, manifest, sums_of
 from .options import options_of
 from .outputs import Output
+from .packing import PackingSink
 from .planning import Plan, RecipeLike, make_plan
 from .progress import Progress, Silent
 from .publish import check_destination, check_space, claim, staging, work_folder, write_files
@@ -194,7 +195,6 @@ def _write_weights(
     Returns name -> dtype, shape, file, sha256. ``warnings`` are part of the result, what is ``told`` is not.
     """
     progress.start(plan.bytes_read + plan.bytes_made, "merging")
-    tensors = [TensorInfo(output.name, output.dtype, output.shape) for output in plan.outputs]
     parts = (Part(),) if plan.recipe.in_parts else plan.inputs.donor.checkpoint.parts
     seen: list[str] = []
     outputs = {output.name: output for output in plan.outputs}
@@ -206,14 +206,17 @@ def _write_weights(
 
         def fill(sink: DiskSink) -> None:
             told.extend(_remember(plan, sink, journal))
-            _execute(plan, sink, progress, warn)
+            with PackingSink(sink, plan.float8.forms if plan.float8 is not None else {}, folder) as packing:
+                _execute(plan, packing, progress, warn)
+            for notice in packing.notices():
+                warn(notice)
 
         try:
             if plan.gguf is not None:
                 from ..checkpoint.gguf import GgufWriter
 
                 return write_through(GgufWriter(folder, plan.gguf), plan.gguf.tensors, fill)
-            return write_tensors(folder, plan_shards(tensors, plan.shard_size, parts=parts), fill, journal)
+            return write_tensors(folder, plan_shards(plan.stored(), plan.shard_size, parts=parts), fill, journal)
         finally:
             progress.finish()
             warnings += sorted(seen)
@@ -227,7 +230,7 @@ def _remember(plan: Plan, sink: DiskSink, journal: Journal) -> Iterator[str]:
         yield f"continued a run that had ended early: {len(sink.done)} of {len(plan.outputs)} tensors were there"
 
 
-def _execute(plan: Plan, sink: DiskSink, progress: Progress, warn: Callable[[str], None]) -> None:
+def _execute(plan: Plan, sink: PackingSink, progress: Progress, warn: Callable[[str], None]) -> None:
     options = plan.options
     mapper = mapper_for(options.device, options.on_nonfinite, warn)
     with Executor(sink, mapper, threads=options.threads, memory=plan.whole_memory, progress=progress) as executor:
@@ -260,16 +263,16 @@ def _disk_order(output: Output) -> tuple[str, int]:
 
 def _job(plan: Plan, output: Output) -> Job:
     operands = [source.operand(plan.inputs.ledger) for source in output.piece.sources]
-    tensor = output.tensor
+    tensor, dtype = output.tensor, plan.dtype_made(output)
     if tensor is None:
-        return Job(output.name, output.dtype, output.count, operands[:1], lambda: Copy(operands[0]))
+        return Job(output.name, dtype, output.count, operands[:1], lambda: Copy(operands[0]))
 
     def begin() -> Steps | Any:
         if output.part is not None and plan.method.parts is not None:
             return plan.method.parts(tensor)[output.part]
         return plan.method.merge(tensor)
 
-    return Job(output.name, output.dtype, tensor.count, operands, begin, plan.bytes_of(output)[1])
+    return Job(output.name, dtype, tensor.count, operands, begin, plan.bytes_of(output)[1])
 
 
 # --- what travels with them -----------------------------------------------------------------------------

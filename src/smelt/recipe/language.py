@@ -139,13 +139,14 @@ class TokenizerOptions:
 class OutputOptions:
     """The ``output`` section. ``dtype`` is a safetensors code, ``shard_size`` is in bytes.
 
-    ``packing``: the type of quantised blocks that matrices are written as, in its place.
+    ``packing``: the quantised type that matrices are written as, in its place. ``scales``: of FP8, "fresh" or "base".
     """
 
     dtype: str | None = None
     shard_size: int | None = None
     format: str = "safetensors"
     packing: str | None = None
+    scales: str | None = None
 
 
 class PlacedSetting(NamedTuple):

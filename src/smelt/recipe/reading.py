@@ -21,8 +21,11 @@ KEYS = (
 )  # fmt: skip
 FORMATS = ("safetensors", "gguf", "lora", "delta", "routed", "parts")
 
-#: Types of quantised blocks that GGUF is written in.
-PACKINGS = ("q8_0",)
+#: The quantised types that matrices are written as, and the format that has them.
+PACKINGS = {"q8_0": "gguf", "fp8_block": "safetensors", "fp8_tensor": "safetensors"}
+
+#: Where the scales of FP8 come from: the values themselves, or the base.
+SCALES = ("fresh", "base")
 
 EMPTY = "the document is empty: a recipe has at least merge_method and models"
 #: Keys that give away other files of mergekit's.
@@ -288,24 +291,28 @@ def _output(section: Section) -> OutputOptions | None:
     node = section.get("output")
     if node is None:
         return None
-    inner = Section(node, ("dtype", "shard_size", "format"), "output", section.report)
+    inner = Section(node, ("dtype", "shard_size", "format", "scales"), "output", section.report)
     if inner.get("dtype") and section.get("out_dtype"):
         inner.fail("dtype", "output.dtype says the same as out_dtype: give only one")
     form = inner.word("format", FORMATS) or "safetensors"
     if form == "gguf" and inner.get("shard_size"):
         inner.fail("shard_size", "a GGUF file is written whole: leave shard_size out")
     packing = _packing(inner, form)
-    return OutputOptions(None if packing else inner.dtype("dtype"), _shard_size(inner), form, packing)
+    scales = inner.word("scales", SCALES)
+    if scales and (packing is None or form == "gguf"):
+        inner.fail("scales", "scales are of the dtypes fp8_block and fp8_tensor: say which, or leave scales out")
+    return OutputOptions(None if packing else inner.dtype("dtype"), _shard_size(inner), form, packing, scales)
 
 
 def _packing(section: Section, form: str) -> str | None:
-    """The type of quantised blocks, where ``dtype`` names one."""
+    """The quantised type, where ``dtype`` names one."""
     node = section.get("dtype")
     word = node.value if isinstance(node, Leaf) else None
     if not isinstance(word, str) or word.lower() not in PACKINGS:
         return None
-    if form != "gguf":
-        section.fail("dtype", f"{word} is a type of GGUF: say format: gguf too")
+    wanted = PACKINGS[word.lower()]
+    if form != wanted:
+        section.fail("dtype", f"{word} is a type of {wanted}: say format: {wanted} too")
     return word.upper()
 
 

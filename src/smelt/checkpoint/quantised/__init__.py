@@ -8,5 +8,6 @@ Every stored tensor is part of a group, a scale of activations, which is dropped
 from __future__ import annotations
 
 from .checkpoint import Dequantised, dequantised, refusals
+from .planes import Window
 
-__all__ = ["Dequantised", "dequantised", "refusals"]
+__all__ = ["Dequantised", "Window", "dequantised", "refusals"]

@@ -17,6 +17,7 @@ from .bitsandbytes import bitsandbytes_groups
 from .compressed import compressed_groups
 from .fp4 import expert_groups, modelopt_groups
 from .gptq import awq_groups, gptq_groups
+from .matrix import Matrix
 from .scaled import fp8_groups
 from .stored import Group, Stored
 from .turned import HELD, Bands, Turned
@@ -120,6 +121,13 @@ class Dequantised(Checkpoint):
         if start < 0 or start + len(out) > self.tensors[name].count:
             raise ValueError(f"items {start} to {start + len(out)} of {self.tensors[name]} are outside of the tensor")
         reader.read(start, out)
+
+    def float8(self, name: str) -> Matrix | None:
+        """How a tensor is read that is stored as FP8 (E4M3) beside scales; None where it is not."""
+        reader = self._readers.get(name)
+        if isinstance(reader, Matrix) and self.stored.tensors[reader.codes.name].dtype == "F8_E4M3":
+            return reader
+        return None
 
     @property
     def side_files(self) -> Mapping[str, bytes]:

@@ -146,6 +146,10 @@ class Grid:
     column_index: Index | None = None
     factor: float = 1.0
 
+    def shape(self, rows: int, columns: int) -> tuple[int, int]:
+        """How many scales a matrix has."""
+        return -(-rows // self.height), -(-columns // self.width)
+
     def scales(self, window: Window) -> Scales:
         """What the elements of a window need."""
         rows = _groups(self.row_index, window.matrix, window.r0, window.r1, self.height)
