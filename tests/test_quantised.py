@@ -100,3 +100,68 @@ def test_a_turned_matrix_of_several_bands() -> None:
     group = np.arange(4096) // 2048
     values = (codes.reshape(4096, 640).astype(np.float32) - points.reshape(2, 640)[group]) * scales[group].astype("f4")
     assert found["x.weight"].tobytes() == values.astype(np.float16).T.tobytes()
+
+
+# --- values by formula: what no library at hand writes -----------------------------------------------------
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+
+
+def random_fp8(*shape: int) -> Any:
+    return (np.random.default_rng(1).standard_normal(shape) * 20).astype(DTYPES["F8_E4M3"].values)
+
+
+def as_bf16(values: Any) -> bytes:
+    return bytes(values.astype(DTYPES["BF16"].values).tobytes())
+
+
+@pytest.mark.parametrize("second", [(), (1,)])
+def test_nvfp4_of_modelopt(second: tuple[int, ...]) -> None:
+    """The second scale multiplies the first, in float32."""
+    random = np.random.default_rng(0)
+    packed, scales = random.integers(0, 256, (48, 32), np.uint8), np.abs(random_fp8(48, 4))
+    number = np.full(second, 0.0123, np.float32)
+    stored = {
+        "x.weight": packed, "x.weight_scale": scales, "x.weight_scale_2": number, "x.input_scale": np.float32(3),
+    }  # fmt: skip
+    codes = np.stack([packed & 15, packed >> 4], -1).reshape(48, 64)
+    values = E2M1[codes] * np.repeat(scales.astype(np.float32) * number, 16, 1)
+    found = opened(stored, {"quant_method": "modelopt", "quant_algo": "NVFP4"})
+    assert set(found) == {"x.weight"}
+    assert found["x.weight"].tobytes() == as_bf16(values)
+
+
+@pytest.mark.parametrize(("method", "shape"), [("modelopt", ()), ("fbgemm_fp8", (40, 1)), ("fbgemm_fp8", (1, 24))])
+def test_fp8_of_modelopt_and_fbgemm(method: str, shape: tuple[int, ...]) -> None:
+    """A scale for the weight, for each row, or for each column."""
+    codes = random_fp8(40, 24)
+    scales = (np.random.default_rng(2).random(shape) + 0.1).astype(np.float32) * np.ones(shape, np.float32)
+    stored = {"x.weight": codes, "x.weight_scale": scales, "x.input_scale_ub": np.ones(1, np.float32)}
+    found = opened(stored, {"quant_method": method})
+    assert found["x.weight"].tobytes() == as_bf16(codes.astype(np.float32) * scales)
+
+
+def test_gptq_groups_in_any_order() -> None:
+    """``g_idx`` names each input's group, zero points wrap around, and reading begins anywhere."""
+    random = np.random.default_rng(3)
+    index = random.integers(0, 4, 64).astype(np.int32)
+    words, zeros = (random.integers(-(2**31), 2**31, shape, np.int32) for shape in ((16, 40), (4, 10)))
+    scales = random.random((4, 40)).astype(np.float16)
+    stored = {"x.qweight": words, "x.qzeros": zeros, "x.scales": scales, "x.g_idx": index}
+    found = opened(stored, {"quant_method": "gptq", "bits": 8, "group_size": 16, "desc_act": True})
+    codes = words.view(np.uint8).reshape(16, 40, 4).transpose(0, 2, 1).reshape(64, 40).astype(np.float32)
+    points = ((zeros.view(np.uint8).reshape(4, 40).astype(np.int32) + 1) % 256).astype(np.float32)
+    wanted = ((codes - points[index]) * scales.astype(np.float32)[index]).astype(np.float16).T
+    assert found["x.weight"].tobytes() == wanted.tobytes()
+
+
+def test_every_model_holds_memory_of_its_own() -> None:
+    """What turned formats remember is planned once per model, not once in all."""
+    words, scales = np.zeros((8, 32), np.int32), np.ones((1, 32), np.float16)
+    stored = {"x.qweight": words, "x.qzeros": np.zeros((1, 4), np.int32), "x.scales": scales}
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 64}
+    models = {name: opened(stored, config) for name in ("a", "b", "c")}
+    asked = {"merge_method": "linear", "models": [{"model": name, "parameters": {"weight": 1}} for name in models]}
+    held = [smelt.plan({**asked, "models": asked["models"][:count]}, models=models, raw=True).peak_memory
+            for count in (1, 3)]  # fmt: skip
+    assert held[1] - held[0] >= 2 * turned.HELD

@@ -98,6 +98,7 @@ class Checkpoint(ABC, Mapping[str, npt.NDArray[Any]]):
     unwritten: what a copy in another format lacks, as notices.
     beside: side files that a copy needs beyond the well-known ones.
     scratch: bytes of memory that reading takes beside what it fills, however many checkpoints do.
+    held: bytes of memory that it keeps for itself while it is read.
     """
 
     label: str
@@ -111,6 +112,7 @@ class Checkpoint(ABC, Mapping[str, npt.NDArray[Any]]):
     folder: Path | None = None
     revision: str | None = None
     scratch: int = 0
+    held: int = 0
 
     @property
     def side_files(self) -> Mapping[str, bytes]:

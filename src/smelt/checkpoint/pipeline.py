@@ -109,6 +109,8 @@ class PipelineCheckpoint(Checkpoint):
         self.label, self.folder = label, home
         self._opened = tuple(opened.values())
         self.parts = tuple(Part(folder, made.parts[0].stem) for folder, made in opened.items())
+        self.scratch = max((made.scratch for made in self._opened), default=0)
+        self.held = sum(made.held for made in self._opened)
         self._owners = dict(self._named(opened))
         if len(self._owners) < sum(map(len, self._opened)):
             raise InputRejected(f"{storage.shown(home)}: a tensor at the top is called as one in a folder")

@@ -138,8 +138,9 @@ class Inputs:
 
     @property
     def scratch(self) -> int:
-        """Memory that reading takes beside what it fills."""
-        return max((item.checkpoint.scratch for item in self._all()), default=0)
+        """Memory that reading takes beside what it fills: what all share, and what each keeps for itself."""
+        checkpoints = [item.checkpoint for item in self._all()]
+        return max((made.scratch for made in checkpoints), default=0) + sum(made.held for made in checkpoints)
 
     def folders(self) -> list[Path]:
         return [*(folder for item in self._all() for folder in item.checkpoint.folders()), *self._tokenizers.values()]

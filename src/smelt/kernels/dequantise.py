@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -65,19 +65,38 @@ def dequantise(
     if not out.size:
         return
     rows, columns = out.shape[::-1] if turned else out.shape
-    zero = scales.scale if scales.zero is None else scales.zero
-    _kernel(packing, scales.zero is not None, dtype, turned)(
-        rows, columns, phase, stride, packed, table, scales.scale.reshape(-1), zero.reshape(-1),
-        scales.scale.shape[1], scales.row_group, scales.column_group, scales.factor, out.reshape(-1),
+    scale, zero = (plane.reshape(-1) for plane in (scales.scale, scales.scale if scales.zero is None else scales.zero))
+    apart = _counts(scales.column_group)
+    skipped = int(scales.column_group[0]) if apart else 0
+    _kernel(_Form(packing, scales.zero is not None, dtype, turned, bool(table[0] == 0) and _counts(table), apart))(
+        rows, columns, phase, stride, packed, table, scale[skipped:], zero[skipped:], scales.scale.shape[1],
+        scales.row_group, scales.column_group, scales.factor, out.reshape(-1),
     )  # fmt: skip
 
 
+def _counts(numbers: npt.NDArray[Any]) -> bool:
+    """Whether each is 1 more than the one before: then there is nothing to look up."""
+    return bool((numbers == numbers[0] + np.arange(len(numbers))).all())
+
+
+class _Form(NamedTuple):
+    """What a kernel is made for. ``plain``: codes are their own values; ``apart``: every column has its own scale."""
+
+    packing: Packing
+    has_zero: bool
+    dtype: str
+    turned: bool
+    plain: bool
+    apart: bool
+
+
 @cache
-def _kernel(packing: Packing, has_zero: bool, dtype: str, turned: bool) -> Kernel:
-    return load(_generated(packing, has_zero, dtype, turned))
+def _kernel(form: _Form) -> Kernel:
+    return load(_generated(form))
 
 
-def _generated(packing: Packing, has_zero: bool, dtype: str, turned: bool) -> Generated:
+def _generated(form: _Form) -> Generated:
+    packing, dtype, turned = form.packing, form.dtype, form.turned
     stored, stretch = DTYPES[dtype].storage.__name__, _STRETCH_TURNED if turned else _STRETCH
     parameters = (
         ("rows", "int64"), ("columns", "int64"), ("phase", "int64"), ("stride", "int64"),
@@ -88,12 +107,15 @@ def _generated(packing: Packing, has_zero: bool, dtype: str, turned: bool) -> Ge
     own = (("codes", "uint8", stretch), ("values", "float32", stretch))
     scratch = (*own, ("block", stored, _HEIGHT * stretch)) if turned else own
     row, code = _down(packing.bits) if packing.down else _along(packing.bits)
+    pairs, pair = _PAIRS if packing == Packing(4) else ("0", "uint8(0), uint8(0)")
+    value = "float32(codes[i])" if form.plain else "table[codes[i]]"
+    group = "uint64(first + i)" if form.apart else "taken[i]"
     text = _HEAD + (_TURNED if turned else _STRAIGHT)
     text = text.format(
         names=", ".join(name for name, *_ in (*parameters, *scratch, ("result",))),
         arguments=", ".join(name for name, *_ in (*parameters[2:-1], *own)),
-        value="(table[codes[i]] - zero[group + taken[i]])" if has_zero else "table[codes[i]]",
-        row=row, code=code, dtype=dtype, stretch=stretch, height=_HEIGHT,
+        value=f"({value} - zero[group + {group}])" if form.has_zero else value,
+        row=row, code=code, pairs=pairs, pair=pair, dtype=dtype, stretch=stretch, height=_HEIGHT, group=group,
     )  # fmt: skip
     return Generated(text, parameters, scratch)
 
@@ -108,6 +130,13 @@ def _along(bits: int) -> tuple[str, str]:
     high = f"packed[start + ({at} >> uint64(3)) + uint64(1)]"
     word = low if 8 % bits == 0 else f"(uint64({low}) | (uint64({high}) << uint64(8)))"
     return row, f"({word} >> ({at} & uint64(7))) & uint64({(1 << bits) - 1})"
+
+
+#: Two codes to a byte, where rows begin with whole bytes: how many pairs there are, and one of them.
+_PAIRS = (
+    "count >> 1 if shift == uint64(0) else 0",
+    "packed[start + uint64((first >> 1) + i)] & uint8(15), packed[start + uint64((first >> 1) + i)] >> uint8(4)",
+)
 
 
 def _down(bits: int) -> tuple[str, str]:
@@ -131,11 +160,13 @@ from smelt.kernels.scalars import FAST
 def line(r, first, count, {arguments}, target):
     {row}
     group = uint64(row_group[r]) * uint64(width)
-    for i in range(count):
+    for i in range({pairs}):
+        codes[2 * i], codes[2 * i + 1] = {pair}
+    for i in range(2 * ({pairs}), count):
         codes[i] = uint8({code})
     taken = column_group[first : first + count]
     for i in range(count):
-        values[i] = {value} * scale[group + taken[i]] * factor
+        values[i] = {value} * scale[group + {group}] * factor
     for i in range(count):
         target[i] = store_{dtype}(values[i])
 

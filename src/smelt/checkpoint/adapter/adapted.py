@@ -62,7 +62,7 @@ class AdaptedCheckpoint(Checkpoint):
     def __init__(self, base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], label: str) -> None:
         self.label, self.base = label, base
         self.config, self.folder, self.metadata, self.scratch = base.config, base.folder, base.metadata, base.scratch
-        self.parts, self.beside = base.parts, base.beside
+        self.parts, self.beside, self.held = base.parts, base.beside, base.held
         self._adapters = [adapter for adapter, _ in adapters]
         revisions = [source.revision for source in self._sources()]
         self.revision = None if None in revisions else "+".join(map(str, revisions))

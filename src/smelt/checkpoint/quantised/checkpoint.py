@@ -101,7 +101,7 @@ class Dequantised(Checkpoint):
         self.metadata, self.config = inner.metadata, without_quantisation(inner.config)
         self.parts, self.beside = inner.parts, inner.beside
         turned = any(isinstance(group.reader, Turned) for group in groups)
-        self.scratch = inner.scratch + (HELD if turned else 0)
+        self.scratch, self.held = inner.scratch, inner.held + (HELD if turned else 0)
         self._readers = {group.info.name: group.reader for group in groups}
         taken = {part for group in groups for part in group.parts}
         dropped = {name for name in inner.tensors.keys() - taken if name.rpartition(".")[2] in _ACTIVATIONS}

@@ -117,11 +117,22 @@ def _awq(stored: Stored, codes: TensorInfo, rows: int, columns: int) -> Codes:
 def _in_order(words: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Nibbles 0 4 1 5 2 6 3 7 of every word, which are its columns in order: a perfect shuffle."""
     flat = words.reshape(-1).view(np.uint32)
+    held = np.empty(min(_CACHED, len(flat)), np.uint32)
     for start in range(0, len(flat), _CACHED):
-        x: npt.NDArray[Any] = flat[start : start + _CACHED]
-        y = (x & 0xFF0000FF) | ((x & 0x0000FF00) << 8) | ((x & 0x00FF0000) >> 8)
-        x[:] = (y & 0xF00FF00F) | ((y & 0x00F000F0) << 4) | ((y & 0x0F000F00) >> 4)
+        part = flat[start : start + _CACHED]
+        _swap(part, 8, 0x0000FF00, held[: len(part)])
+        _swap(part, 4, 0x00F000F0, held[: len(part)])
     return words
+
+
+def _swap(words: npt.NDArray[Any], shift: int, mask: int, held: npt.NDArray[Any]) -> None:
+    """Exchange the bits of ``mask`` with those ``shift`` above them."""
+    np.right_shift(words, shift, out=held)
+    held ^= words
+    held &= np.uint32(mask)
+    words ^= held
+    np.left_shift(held, shift, out=held)
+    words ^= held
 
 
 def _offset(stored: Stored, settings: Mapping[str, Any]) -> int:

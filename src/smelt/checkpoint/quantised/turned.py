@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -20,38 +21,59 @@ from .matrix import Matrix
 from .planes import Array, Window
 
 #: The bytes of a band of stored columns, and of a strip of the rows that they become.
-BAND = 4 << 20
+BAND = 8 << 20
 STRIP = 4 << 20
 
-#: How many of each a checkpoint remembers, and the memory that this takes about, scales included.
+#: How many of each a checkpoint remembers, and the memory that this takes about: with scales, and one of each that
+#: waits to be written over.
 _BANDS, _STRIPS = 2, 4
-HELD = 2 * _BANDS * BAND + _STRIPS * STRIP
+HELD = _BANDS * BAND * 3 // 2 + (_STRIPS + 1) * STRIP
 
 
 class _Entry:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.value: Any = None
+        self.users = 0
 
 
 class Recent:
-    """The results that were asked for last, ``most`` of them. Whoever wants one that is being made waits for it."""
+    """The results that were asked for last, ``most`` of them, and those in use.
+
+    Whoever wants one that is being made waits for it. What is forgotten is lent to whoever makes the next one: memory
+    that has been written before costs no page faults.
+    """
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._held: OrderedDict[Any, _Entry] = OrderedDict()
+        self._spare: Any = None
         self._lock = threading.Lock()
 
-    def get(self, key: Any, make: Callable[[], Any]) -> Any:
+    @contextmanager
+    def lent(self, key: Any, make: Callable[[Any], Any]) -> Iterator[Any]:
+        """What ``make`` gives for ``key``; it is told of a forgotten result to write over, or None."""
+        entry = self._taken(key)
+        try:
+            with entry.lock:
+                if entry.value is None:
+                    with self._lock:
+                        spare, self._spare = self._spare, None
+                    entry.value = make(spare)
+            yield entry.value
+        finally:
+            with self._lock:
+                entry.users -= 1
+
+    def _taken(self, key: Any) -> _Entry:
         with self._lock:
             entry = self._held.setdefault(key, _Entry())
+            entry.users += 1
             self._held.move_to_end(key)
-            if len(self._held) > self._most:
-                self._held.popitem(last=False)
-        with entry.lock:
-            if entry.value is None:
-                entry.value = make()
-            return entry.value
+            idle = [old for old, held in self._held.items() if not held.users]
+            for old in idle[: max(0, len(self._held) - self._most)]:
+                self._spare = self._held.pop(old).value
+            return entry
 
 
 class Bands:
@@ -78,9 +100,11 @@ class Turned:
             row, column = divmod(start + done, codes.rows)
             number, row = divmod(row, codes.columns)
             first = row // self._width * self._width
-            strip = self._strip(number, first)
-            part = strip[(row - first) * codes.rows + column :][: len(out) - done]
-            out[done : done + len(part)] = part
+            key = (codes.name, number, first)
+            with self.bands.strips.lent(key, partial(self._made, number, first)) as strip:
+                values = strip.view(out.dtype)[(row - first) * codes.rows + column :]
+                part = values[: min(self._end(first) * codes.rows - (row * codes.rows + column), len(out) - done)]
+                out[done : done + len(part)] = part
             done += len(part)
 
     @cached_property
@@ -89,27 +113,28 @@ class Turned:
         size = self.matrix.codes.rows * np.dtype(DTYPES[self.matrix.dtype].storage).itemsize
         return min(self.matrix.codes.columns, max(32, STRIP // size // 32 * 32))
 
-    def _strip(self, number: int, first: int) -> Array:
-        """All rows from ``first`` on that a strip has, one after another."""
-        key = (self.matrix.codes.name, number, first)
-        found: Array = self.bands.strips.get(key, lambda: self._made(number, first))
-        return found
+    def _end(self, first: int) -> int:
+        """The row after the last of a strip."""
+        return min(first + self._width, self.matrix.codes.columns)
 
-    def _made(self, number: int, first: int) -> Array:
-        codes = self.matrix.codes
+    def _made(self, number: int, first: int, spare: Array | None) -> Array:
+        """All rows from ``first`` on that a strip has, one after another, as bytes: there may be more."""
+        codes, dtype = self.matrix.codes, np.dtype(DTYPES[self.matrix.dtype].storage)
         strips = max(1, 8 * BAND // (self._width * codes.rows * codes.packing.bits))
         begin = first // (strips * self._width) * strips * self._width
         band = Window(number, 0, codes.rows, begin, min(begin + strips * self._width, codes.columns))
-        packed, scales = self.bands.packed.get((codes.name, number, begin), lambda: self._band(band))
-        width = min(self._width, codes.columns - first)
-        out = np.empty((width, codes.rows), DTYPES[self.matrix.dtype].storage)
+        width = self._end(first) - first
+        size = width * codes.rows * dtype.itemsize
+        held = spare if spare is not None and len(spare) >= size else np.empty(max(size, STRIP), np.uint8)
+        out = held[:size].view(dtype).reshape(width, codes.rows)
         column, packing = first - begin, codes.packing
-        dequantise(
-            packed.reshape(-1)[column if packing.down else 0 :], packed.shape[1],
-            0 if packing.down else column * packing.bits, packing, self.matrix.table,
-            scales.columns(column, column + width), self.matrix.dtype, out, turned=True,
-        )  # fmt: skip
-        return out.reshape(-1)
+        with self.bands.packed.lent((codes.name, number, begin), lambda _: self._band(band)) as (packed, scales):
+            dequantise(
+                packed.reshape(-1)[column if packing.down else 0 :], packed.shape[1],
+                0 if packing.down else column * packing.bits, packing, self.matrix.table,
+                scales.columns(column, column + width), self.matrix.dtype, out, turned=True,
+            )  # fmt: skip
+        return held
 
     def _band(self, band: Window) -> tuple[Array, Scales]:
         packed, stride, _ = self.matrix.codes.read(band)
