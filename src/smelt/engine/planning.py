@@ -138,12 +138,11 @@ class Plan:
         operands = sum(source.nbytes for source in output.piece.sources)
         beside = sum(operand.count * DTYPES[operand.dtype].bits // 8 for operand in output.statistics)
         row, more = (1, 0) if output.tensor is None else self.method.holds(output.tensor)
-        if more and row >= output.count:
-            return 0, row * more + (4 << 20)
         count = output.count if output.tensor is None else output.tensor.count
-        held = min(count, TILE + row - 1)
-        tile = held / max(1, count)
-        return int(2 * tile * (operands + beside + output.nbytes)) + held * more + (4 << 20), 0
+        whole = bool(more) and row >= count
+        held = min(count, TILE if whole else TILE + row - 1)
+        tile = int(2 * held / max(1, count) * (operands + beside + output.nbytes)) + (4 << 20)
+        return (tile, row * more) if whole else (tile + held * more, 0)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for ``--json``."""
