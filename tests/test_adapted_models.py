@@ -418,8 +418,6 @@ def test_a_model_instead_of_an_adapter(family: Family) -> None:
         smelt.load(f"{family.base}+{family.models[0]}")
     with pytest.raises(InputRejected, match="no such file or folder"):
         smelt.load(f"{family.base}+nowhere/at/all")
-    with pytest.raises(InputRejected, match="not read from a URL"):
-        smelt.load(f"{family.base}+https://example.org/lora")
 
 
 def test_what_an_adapter_cannot_change() -> None:

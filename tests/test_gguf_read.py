@@ -155,14 +155,20 @@ def test_llama_3_scaling_is_told_from_its_factors(tmp_path: Path, arrays: Arrays
                 assert model.config["rope_scaling"]["factor"] == 8.0
 
 
-def test_a_split_set_opens_by_any_of_its_files(tmp_path: Path, arrays: Arrays) -> None:
+SPLIT = ("m-00001-of-00002.gguf", "m-00002-of-00002.gguf")
+
+
+def split_llama(folder: Path, arrays: Arrays) -> None:
+    """A Llama in the two files of a set."""
     tensors = [(name, f32(array)) for name, array in stored_llama(arrays).items()]
-    parts = [dict(tensors[:9]), dict(tensors[9:])]
-    for number, part in enumerate(parts):
+    for number, part in enumerate((dict(tensors[:9]), dict(tensors[9:]))):
         split = {"split.no": ("H", number), "split.count": ("H", 2), "split.tensors.count": ("i", len(tensors))}
-        metadata = {**(LLAMA if number == 0 else {}), **split}
-        (tmp_path / f"m-{number + 1:05d}-of-00002.gguf").write_bytes(packed(metadata, part))
-    for place in (tmp_path, tmp_path / "m-00001-of-00002.gguf", tmp_path / "m-00002-of-00002.gguf"):
+        (folder / SPLIT[number]).write_bytes(packed({**(LLAMA if number == 0 else {}), **split}, part))
+
+
+def test_a_split_set_opens_by_any_of_its_files(tmp_path: Path, arrays: Arrays) -> None:
+    split_llama(tmp_path, arrays)
+    for place in (tmp_path, *(tmp_path / name for name in SPLIT)):
         with smelt.load(place) as model:
             assert sorted(model) == sorted(arrays)
             assert len(model.files()) == 2

@@ -14,11 +14,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import smelt
+from smelt.cli import main
 from smelt.errors import InputRejected
 from tests.commands import refusal
+from tests.lora import written
 from tests.pickled import mapping, number, numbers, pickled, save, save_arrays, tensor, text
+from tests.small_models import fine_tuned, llama
+from tests.small_models import save as save_model
 
 WEIGHTS = np.arange(12, dtype=np.float32).reshape(3, 4)
 DATA = {"data/0": WEIGHTS.tobytes()}
@@ -126,6 +131,54 @@ def test_a_merge_of_pickled_models(tmp_path: Path) -> None:
     np.testing.assert_array_equal(smelt.load(tmp_path / "out")["b.weight"], WEIGHTS + 1)
     found = smelt.check([home, tmp_path / "out"], allow_pickle=True).findings
     assert [finding.code for finding in found if finding.severity == "error"] == []
+
+
+def pickled_llama(tmp_path: Path) -> tuple[Path, Path]:
+    """A fine-tune, pickled, and its base as safetensors; both with a tokenizer."""
+    plain, old = Path(save_model(tmp_path / "plain", llama(0))), tmp_path / "old"
+    old.mkdir()
+    save_arrays(old / "pytorch_model.bin", fine_tuned(llama(0), 1))
+    (old / "config.json").write_bytes((plain / "config.json").read_bytes())
+    words = {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "WhitespaceSplit"},
+             "model": {"type": "WordLevel", "vocab": {f"w{i}": i for i in range(96)}, "unk_token": "w0"}}  # fmt: skip
+    for home in (plain, old):
+        (home / "tokenizer.json").write_text(json.dumps(words))
+        (home / "tokenizer_config.json").write_text("{}")
+    return old, plain
+
+
+def test_every_command_reads_pickles_when_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, plain = pickled_llama(tmp_path)
+    commands = {
+        "extract": ["lora", "extract", plain, old, tmp_path / "extract", "--rank", "2"],
+        "pack": ["lora", "pack", plain, old, tmp_path / "pack", "--form", "sparse", "--density", "0.5"],
+        "transplant": ["tokenizer", "transplant", old, plain, tmp_path / "transplant", "--method", "mean"],
+        "stack": ["stack", "repeat", old],
+    }
+    for name, command in commands.items():
+        assert main([*map(str, command)]) == 3
+        assert "is pickled: --allow-pickle reads" in capsys.readouterr().err
+        assert main([*map(str, command), "--allow-pickle"]) == 0
+        assert "layer_range" in capsys.readouterr().out if name == "stack" else (tmp_path / name).is_dir()
+
+
+def test_a_pickled_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As old versions of PEFT saved them: alone, on a base, and in a merge of adapters."""
+    _, base = pickled_llama(tmp_path)
+    plain, old = written(tmp_path / "style", 3), written(tmp_path / "aged", 3)
+    save_arrays(old / "adapter_model.bin", load_file(old / "adapter_model.safetensors"))
+    (old / "adapter_model.safetensors").unlink()
+    with pytest.raises(InputRejected, match=r"adapter_model\.bin' is pickled: --allow-pickle reads"):
+        smelt.load(f"{base}+{old}")
+    wanted, found = smelt.load(f"{base}+{plain}"), smelt.load(f"{base}+{old}", allow_pickle=True)
+    assert all((found[name] == wanted[name]).all() for name in wanted)
+    assert main(["inspect", str(old), "--allow-pickle"]) == 0
+    assert main(["lora", "merge", str(old), str(plain), str(tmp_path / "sum")]) == 3
+    assert main(["lora", "merge", str(old), str(plain), str(tmp_path / "sum"), "--allow-pickle"]) == 0
+    tree = {"merge_method": "linear", "base_model": str(base), "models": [{"model": str(old)}],
+            "parameters": {"weight": 1.0}}  # fmt: skip
+    smelt.merge(tree, tmp_path / "out", allow_pickle=True)
+    assert "is pickled" in capsys.readouterr().err
 
 
 def test_what_trainers_wrap_around_it(tmp_path: Path) -> None:
@@ -242,7 +295,10 @@ ARCHIVES: dict[str, tuple[Callable[[], bytes], str]] = {
     "H131-overlapping": (overlapping, "overlap, or something lies between"),
     "H131-another-name-inside": (lambda: patched(b"archive/data/0", b"archive/data/1"), "not where the directory"),
     "H131-directory-elsewhere": (lambda: plain()[:-6] + b"\xf0\0\0\0\0\0", "not where it should be"),
-    "H132-legacy": (lambda: b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." * 50, "does not end as a zip archive"),
+    "H132-legacy": (
+        lambda: b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." * 50,
+        "before 1.6: save it again with a current torch",
+    ),
     "H132-tar": (lambda: b"storages\0" + bytes(1015), "does not end as a zip archive"),
     "H133-gzip": (lambda: b"\x1f\x8b\x08" + bytes(100), "does not end as a zip archive"),
     "H133-7z": (lambda: b"7z\xbc\xaf\x27\x1c" + bytes(100), "does not end as a zip archive"),

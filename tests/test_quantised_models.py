@@ -11,16 +11,18 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import smelt
 from smelt.checkpoint.memory import MemoryCheckpoint
 from smelt.checkpoint.quantised import dequantised
 from smelt.errors import InputRejected
 from tests.commands import refused_merge
+from tests.lora import factors
 from tests.readback import stored as published
 from tests.recipes import Family, recipe
 from tests.small_models import CONFIG, Arrays, bf16, save
+from tests.test_layouts import diffusers
 
 FP8 = ml_dtypes.float8_e4m3fn
 BLOCK = {"quant_method": "fp8", "weight_block_size": [16, 16]}
@@ -236,3 +238,58 @@ def test_what_is_not_read_is_not_merged(
     code, told = refused_merge(capsys, path, tmp_path / "out")
     assert code == 3
     assert re.search(message, told[0])
+
+
+def test_an_adapter_on_a_base_in_nf4(tmp_path: Path) -> None:
+    """QLoRA: added in float32 to what bitsandbytes itself makes of the codes; written in the base's dtype."""
+    target = "model.layers.0.mlp.up_proj"
+    stored, expected = {}, {}
+    for name, array in load_file(Path(__file__).parent / "data/quantised/bnb_nf4.safetensors").items():
+        kind, _, own = name.partition("/")
+        (stored if kind == "stored" else expected)[own] = array
+    home = tmp_path / "base"
+    home.mkdir()
+    save_file(stored, home / "model.safetensors")
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (home / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": settings}))
+    pair = factors({target: (24, 128)}, 1)
+    (tmp_path / "style").mkdir()
+    save_file(pair, tmp_path / "style/adapter_model.safetensors")
+    (tmp_path / "style/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 1}))
+    a, b = (pair[f"base_model.model.{target}.lora_{part}.weight"].astype(np.float64) for part in "AB")
+    exact = expected[f"{target}.weight"].astype(np.float64) + 0.5 * b @ a
+    name = f"{home}+{tmp_path / 'style'}"
+    with smelt.load(name) as model:
+        assert (model.tensors[f"{target}.weight"].dtype, list(model)) == ("F32", [f"{target}.weight"])
+        np.testing.assert_allclose(model[f"{target}.weight"], exact, rtol=1e-6, atol=1e-6)
+    smelt.merge(recipe("linear", [name]), tmp_path / "out")
+    made = load_file(tmp_path / "out/model.safetensors")[f"{target}.weight"]
+    assert made.dtype == expected[f"{target}.weight"].dtype
+    np.testing.assert_allclose(made.astype(np.float64), exact, rtol=2**-8)
+    assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
+
+
+def test_a_part_of_a_pipeline_in_fp8(tmp_path: Path) -> None:
+    """Each part is dequantised by its own config, which then speaks of codes no more."""
+    home = diffusers(tmp_path / "a", 0)
+    part = home / "text_encoder"
+    stored, meant = {}, {}
+    for name, array in load_file(part / "model.safetensors").items():
+        stored[name] = meant[name] = array
+        if "fc1" in name:
+            stored[name], stored[f"{name}_scale_inv"], meant[name] = in_blocks(0.01 * array)
+    save_file(stored, part / "model.safetensors")
+    plain = {**json.loads((part / "config.json").read_text()), "dtype": "bfloat16"}
+    (part / "config.json").write_text(json.dumps({**plain, "quantization_config": BLOCK}))
+    with smelt.load(home) as model:
+        for name, array in meant.items():
+            assert model[f"text_encoder.{name}"].tobytes() == array.tobytes()
+        assert any("text_encoder: 2 quantised weights" in notice for notice in model.notices)
+    smelt.convert(home, tmp_path / "out")
+    assert smelt.verify(tmp_path / "out").ok
+    assert load_file(tmp_path / "out/text_encoder/model.safetensors").keys() == meant.keys()
+    assert "quantization_config" not in (tmp_path / "out/text_encoder/config.json").read_text()
+    (part / "config.json").write_text(json.dumps({**plain, "quantization_config": {"quant_method": "eetq"}}))
+    save_file(meant, part / "model.safetensors")
+    with pytest.raises(InputRejected, match=r"a quantised checkpoint \('eetq'\)"):
+        smelt.convert(home, tmp_path / "again")

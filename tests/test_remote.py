@@ -648,17 +648,6 @@ def test_a_file_that_the_repository_lacks(hub: FileServer) -> None:
         smelt.load("hf://owner/expert0/other.safetensors")
 
 
-def test_a_pipeline_is_not_read_in_part(hub: FileServer, family: Family) -> None:
-    """Only the top folder of a repository is read: what lies below would be lost in silence."""
-    index = family.folder / "expert0" / "modules.json"
-    index.write_text("[]")
-    try:
-        with pytest.raises(InputRejected, match="a model in several folders: leave out hf://"):
-            smelt.load("hf://owner/expert0")
-    finally:
-        index.unlink()
-
-
 # --- fsspec ---------------------------------------------------------------------------------------------
 
 

@@ -302,3 +302,26 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert (
         main(["tokenizer", "transplant", str(own), str(donor), str(tmp_path / "p"), "--method", "mean", "-k", "4"]) == 2
     )
+
+
+def test_an_adapted_model_keeps_its_dtype(tmp_path: Path) -> None:
+    """What is computed in float32 is written as its base has it."""
+    from safetensors.numpy import save_file
+
+    own = model(tmp_path / "a", ["<s>", "</s>", *WORDS])
+    style = tmp_path / "style"
+    style.mkdir()
+    pairs = {}
+    for module, (rows, columns) in {OTHER: (6, 12), EMBED: (42, 12)}.items():
+        kind = "lora_embedding_{}" if module == EMBED else "lora_{}.weight"
+        a, b = (normal(2, columns), normal(rows, 2)) if module == OTHER else (normal(2, rows), normal(columns, 2))
+        path = f"base_model.model.{module.removesuffix('.weight')}"
+        pairs |= {f"{path}.{kind.format('A')}": a, f"{path}.{kind.format('B')}": b}
+    save_file(pairs, style / "adapter_model.safetensors")
+    (style / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 1}))
+    smelt.transplant_tokenizer(f"{own}+{style}", own, tmp_path / "out")
+    smelt.merge({"merge_method": "passthrough", "models": [{"model": f"{own}+{style}"}]}, tmp_path / "merged")
+    made, wanted = read(tmp_path / "out"), read(tmp_path / "merged")
+    assert {array.dtype for array in made.values()} == {np.dtype(ml_dtypes.bfloat16)}
+    assert all(made[name].tobytes() == wanted[name].tobytes() for name in wanted)
+    assert smelt.verify(tmp_path / "out").ok

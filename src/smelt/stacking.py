@@ -11,6 +11,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from .architecture import Structure
@@ -52,11 +53,15 @@ class _Run:
     again: bool = False
 
 
+#: Opens a model by its label.
+_Opener = Callable[[str], _Model]
+
+
 def stack(
     pattern: str, models: Sequence[str], *, size: int | None = None, step: int | None = None,
     every: int | None = None, times: int | None = None, scale: float | None = None,
     weights: Sequence[float] | None = None, seed: int | None = None, full_random: bool | None = None,
-    dtype: str | None = None,
+    dtype: str | None = None, allow_pickle: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """A recipe, as :func:`smelt.merge` takes it, that stacks layers of ``models`` in a pattern.
 
@@ -73,6 +78,7 @@ def stack(
         0 unless given: such a copy does nothing until it is trained; else 1).
     seed: of "shuffle" (default 0).
     dtype: the recipe's.
+    allow_pickle: look into pickled weights, too, where there are no others.
 
     Raises UsageError for what cannot be, InputRejected for a model whose layers cannot be told.
     """
@@ -83,7 +89,7 @@ def stack(
     options = {name: value for name, value in given.items() if value is not None}
     UsageError.gather(_problems(pattern, models, options))
     factor = float(options.pop("scale", 0 if pattern == "repeat" else 1))
-    runs = _joined(_RUNS[pattern](models, **options), factor)
+    runs = _joined(_RUNS[pattern](partial(_opened, allow_pickle=allow_pickle), models, **options), factor)
     recipe = {"merge_method": "passthrough", "slices": [_slice(run, factor) for run in runs]}
     return recipe if dtype is None else {**recipe, "dtype": dtype}
 
@@ -113,9 +119,9 @@ def _problems(pattern: str, models: Sequence[str], options: dict[str, Any]) -> I
 # --- models ---------------------------------------------------------------------------------------------
 
 
-def _opened(label: str) -> _Model:
+def _opened(label: str, allow_pickle: bool) -> _Model:
     """A model's depth, and what its layers write with, from headers and config."""
-    with load(label) as checkpoint:
+    with load(label, allow_pickle=allow_pickle) as checkpoint:
         structure = Structure.of({name: info.shape for name, info in checkpoint.tensors.items()}, checkpoint.config)
     stack = structure.main_stack
     if stack is None:
@@ -131,10 +137,10 @@ def _within_layer(name: str) -> str:
     return re.split(r"\.\d+\.", name.rpartition(".")[0])[-1]
 
 
-def _block(text: str) -> _Run:
+def _block(open_one: _Opener, text: str) -> _Run:
     """ "model[first:last]", or a whole model."""
     match = _BLOCK.fullmatch(text)
-    model = _opened(match[1] if match else text)
+    model = open_one(match[1] if match else text)
     ends = (int(end) if end else None for end in (match[2], match[3])) if match else (None, None)
     first, last, _ = slice(*ends).indices(model.layers)
     if first >= last:
@@ -145,12 +151,12 @@ def _block(text: str) -> _Run:
 # --- patterns -------------------------------------------------------------------------------------------
 
 
-def _blocks(texts: Sequence[str]) -> Iterator[_Run]:
-    return map(_block, texts)
+def _blocks(open_one: _Opener, texts: Sequence[str]) -> Iterator[_Run]:
+    return (_block(open_one, text) for text in texts)
 
 
-def _interleave(labels: Sequence[str], size: int, step: int | None = None) -> Iterator[_Run]:
-    models = [_opened(label) for label in labels]
+def _interleave(open_one: _Opener, labels: Sequence[str], size: int, step: int | None = None) -> Iterator[_Run]:
+    models = [open_one(label) for label in labels]
     first = turn = 0
     while True:
         model = models[turn % len(models)]
@@ -162,8 +168,8 @@ def _interleave(labels: Sequence[str], size: int, step: int | None = None) -> It
         first, turn = first + (step or size), turn + 1
 
 
-def _repeat(labels: Sequence[str], every: int = 1, times: int = 1) -> Iterator[_Run]:
-    model = _opened(labels[0])
+def _repeat(open_one: _Opener, labels: Sequence[str], every: int = 1, times: int = 1) -> Iterator[_Run]:
+    model = open_one(labels[0])
     for first in range(0, model.layers, every):
         last = min(first + every, model.layers)
         yield _Run(model, first, last)
@@ -171,9 +177,10 @@ def _repeat(labels: Sequence[str], every: int = 1, times: int = 1) -> Iterator[_
 
 
 def _shuffle(
-    labels: Sequence[str], weights: Sequence[float] | None = None, seed: int = 0, full_random: bool = False
-) -> Iterator[_Run]:
-    models = [_opened(label) for label in labels]
+    open_one: _Opener, labels: Sequence[str], weights: Sequence[float] | None = None, seed: int = 0,
+    full_random: bool = False,
+) -> Iterator[_Run]:  # fmt: skip
+    models = [open_one(label) for label in labels]
     if len({model.layers for model in models}) > 1 and not full_random:
         depths = ", ".join(f"{model.label} {model.layers}" for model in models)
         raise InputRejected(f"layers can only be shuffled among models of one depth ({depths}), or with full_random")

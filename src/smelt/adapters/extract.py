@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..checkpoint import ADAPTER, TensorInfo, plan_file
-from ..engine.artefact import Source, Work, open_model, publish
+from ..engine.artefact import Source, Work, open_models, publish
 from ..engine.card import public_name
 from ..engine.execute import usable_cores
 from ..engine.progress import Progress, Silent
@@ -44,7 +44,8 @@ def extract_lora(
     sv_epsilon: float = 0.0, distribute_scale: bool = True, embeddings: bool = False,
     save_modules: Sequence[str] = (), include: Sequence[str] = (), exclude: Sequence[str] = (),
     skip_undecomposable: bool = False, factor_dtype: str = "float32", form: Form = "lora",
-    threads: int | None = None, memory: str | int = "4GiB", progress: Progress | None = None,
+    allow_pickle: bool = False, threads: int | None = None, memory: str | int = "4GiB",
+    progress: Progress | None = None,
 ) -> AdapterArtifact:  # fmt: skip
     """Publish the PEFT adapter that leads from ``base`` to ``model`` as the new folder ``out``.
 
@@ -66,6 +67,7 @@ def extract_lora(
     factor_dtype: of the factors ("float32", "bfloat16", ...).
     form: "lora", or "flora" for Tucker adapters (Si et al., 2024): a convolution keeps its axes, each of which has
         at most ``rank`` directions of its own.
+    allow_pickle: read pickled weights, too, where there are no others.
     threads, memory: as many matrices at once as there are threads, as far as the memory allows.
 
     Raises UsageError, InputRejected or OperationFailed; then ``out`` does not exist.
@@ -75,7 +77,8 @@ def extract_lora(
         Limits(rank, error, sv_epsilon), distribute_scale, embeddings, tuple(save_modules), tuple(include),
         tuple(exclude), skip_undecomposable, factor_dtype, form,
     )  # fmt: skip
-    work = Work("extract_lora", asdict(options), [open_model(base, "base"), open_model(model, "model")])
+    opened = open_models(allow_pickle, base=base, model=model)
+    work = Work("extract_lora", asdict(options), opened)
     try:
         check_destination(out, work.folders())
         with Spool(out.absolute().parent) as spool:

@@ -48,7 +48,8 @@ def merge_lora(
     rank: int | None = None, error: float | None = None, combination_type: str | None = None,
     density: float | None = None, majority_sign_method: str | None = None, method: str | None = None,
     parameters: Mapping[str, Any] | None = None, seed: int = 0, factor_dtype: str = "float32",
-    threads: int | None = None, memory: str | int = "4GiB", progress: Progress | None = None,
+    allow_pickle: bool = False, threads: int | None = None, memory: str | int = "4GiB",
+    progress: Progress | None = None,
 ) -> AdapterArtifact:  # fmt: skip
     """Publish one PEFT adapter made of several as the new folder ``out``.
 
@@ -57,7 +58,7 @@ def merge_lora(
 
     Parameters
     ----------
-    adapters: folders or hub ids of LoRA adapters in PEFT's format, or opened ones, which are closed.
+    adapters: folders, hub ids or URLs of LoRA adapters in PEFT's format, or opened ones, which are closed.
     weights: one for each; 1 by default, which is the plain sum.
     rank: the most directions per module; the nearest adapter of that rank.
     error: of these, take as few as leave this relative error (0.1: a tenth of the norm of the sum).
@@ -69,6 +70,7 @@ def merge_lora(
         matrices of the size of all ranks together. ``rank`` and ``error`` cut its result.
     seed: of random draws.
     factor_dtype: of the factors ("float32", "bfloat16", ...).
+    allow_pickle: read pickled weights, too, where there are no others.
     threads, memory: as many modules at once as there are threads, as far as the memory allows.
 
     Raises UsageError, InputRejected or OperationFailed; then ``out`` does not exist.
@@ -81,7 +83,7 @@ def merge_lora(
     options.check(len(adapters))
     opened: list[Adapter] = []
     try:
-        opened += map(open_adapter, adapters)
+        opened += (open_adapter(adapter, allow_pickle=allow_pickle) for adapter in adapters)
         work = Work("merge_lora", asdict(options), [_input(adapter) for adapter in opened], seed)
         check_destination(out, work.folders())
         with Spool(out.absolute().parent) as spool:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..checkpoint import ADAPTER, TensorInfo, plan_file
 from ..checkpoint.adapter import CONFIG, PACK
-from ..engine.artefact import Source, Work, open_model, publish
+from ..engine.artefact import Source, Work, open_models, publish
 from ..engine.card import public_name
 from ..engine.execute import usable_cores
 from ..engine.progress import Progress, Silent
@@ -67,7 +67,8 @@ class Packed:
 def extract_delta(
     base: Source, model: Source, out: str | Path, *, form: Literal["sparse", "sign"], density: float | None = None,
     prune: Literal["magnitude", "random"] | None = None, seed: int = 0, value_dtype: str = "float32",
-    threads: int | None = None, memory: str | int = "4GiB", progress: Progress | None = None,
+    allow_pickle: bool = False, threads: int | None = None, memory: str | int = "4GiB",
+    progress: Progress | None = None,
 ) -> AdapterArtifact:  # fmt: skip
     """Publish what leads from ``base`` to ``model``, packed, as the new folder ``out``; ``base+out`` reads it back.
 
@@ -82,6 +83,7 @@ def extract_delta(
         and divided by it (DARE, Yu et al., ICML 2024, https://arxiv.org/abs/2311.03099).
     seed: of the draws.
     value_dtype: of the kept values ("float32", "bfloat16", ...).
+    allow_pickle: read pickled weights, too, where there are no others.
     threads, memory: as many tensors at once as there are threads, as far as the memory allows.
 
     Tensors of less than two axes are stored whole, as differences. The error of every tensor is told.
@@ -91,7 +93,8 @@ def extract_delta(
     options = PackOptions(form, density, prune, seed, value_dtype)
     UsageError.gather(options.problems())
     settings = {name: getattr(options, name) for name in ("form", "density", "prune", "value_dtype")}
-    work = Work("extract_delta", settings, [open_model(base, "base"), open_model(model, "model")], seed)
+    opened = open_models(allow_pickle, base=base, model=model)
+    work = Work("extract_delta", settings, opened, seed)
     try:
         check_destination(out, work.folders())
         with Spool(out.absolute().parent) as spool:

@@ -10,17 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .. import storage
 from ..errors import InputRejected, show
 from ..storage import FileIdentity
 from .base import Checkpoint, Part, TensorInfo
-from .place import LocalPlace, Place
+from .place import Place, Target, target
 from .safetensors import MAX_TENSORS, SafetensorsFile
-from .selection import ADAPTER, NUMBERED, PICKLED, WeightMap, choose, read_index, refuse_other_formats, stem_of
+from .selection import NUMBERED, PICKLED, WeightMap, adapter_file, choose, read_index, refuse_other_formats, stem_of
 from .side import SideFiles
-
-#: A place, and the one file in it that is meant, or None.
-Target = tuple[Place, str | None]
+from .stored import Stored
 
 _MOST_PROBLEMS = 20
 _MOST_NOTICES = 20
@@ -51,9 +48,12 @@ class FolderCheckpoint(Checkpoint):
         self.label = str(source) if label is None else label
         self.revision = revision
         self._files: dict[str, _File] = {}
-        place, file = _target(source)
+        self._told: list[str] = []
+        place, file = target(source) if isinstance(source, Path) else source
+        self.scratch = place.scratch
         try:
-            names, weight_map = ([ADAPTER], None) if adapter else _locate(place, file, allow_pickle)
+            adapted = [adapter_file(place, pickled=allow_pickle)] if adapter else None
+            names, weight_map = (adapted, None) if adapted else _locate(place, file, allow_pickle)
             self._open(place, names)
             self.tensors: Mapping[str, TensorInfo] = _united(place, self._files, weight_map)
             self.config: Mapping[str, Any] = place.json("config.json")
@@ -68,7 +68,7 @@ class FolderCheckpoint(Checkpoint):
         self.folder = None if self._home is None else place.folder
         headers = [file.header for file in self._files.values()]
         self.metadata = {key: text for header in headers for key, text in header.metadata.items()}
-        oddities = (notice for header in headers for notice in header.notices)
+        oddities = (notice for notices in (self._told, *(header.notices for header in headers)) for notice in notices)
         self.notices = [*_one_of_many(file or ""), *islice(oddities, _MOST_NOTICES)]
 
     @property
@@ -84,13 +84,21 @@ class FolderCheckpoint(Checkpoint):
         count = 0
         for name in names:
             try:
-                self._files[name] = file = _opened(place, name)
+                self._files[name] = file = self._opened(place.open(name), name)
                 count += len(file.header.tensors)
             except InputRejected as error:
                 problems += error.problems
             if count > MAX_TENSORS:
                 raise InputRejected(f"{place.shown()} holds more than {MAX_TENSORS} tensors")
         _gather(problems)
+
+    def _opened(self, stored: Stored, name: str) -> _File:
+        self._told += stored.notices
+        if not name.endswith(PICKLED.endings):
+            return SafetensorsFile(stored)
+        from .state_dict import PickledFile
+
+        return PickledFile(stored)
 
     def read(self, name: str, start: int, out: npt.NDArray[Any]) -> None:
         info = self.tensors[name]
@@ -110,21 +118,6 @@ class FolderCheckpoint(Checkpoint):
     def close(self) -> None:
         for file in self._files.values():
             file.close()
-
-
-def _target(source: Path | Target) -> Target:
-    if not isinstance(source, Path):
-        return source
-    return (LocalPlace(source), None) if storage.is_folder(source) else (LocalPlace(source.parent), source.name)
-
-
-def _opened(place: Place, name: str) -> _File:
-    stored = place.open(name)
-    if not name.endswith(PICKLED.endings):
-        return SafetensorsFile(stored)
-    from .state_dict import PickledFile
-
-    return PickledFile(stored)
 
 
 def _locate(place: Place, file: str | None, pickled: bool) -> tuple[Sequence[str], WeightMap | None]:

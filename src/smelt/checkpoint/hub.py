@@ -17,7 +17,7 @@ from .. import storage
 from ..errors import InputRejected, OperationFailed, SmeltError, show
 from .pipeline import INDICES
 from .place import present
-from .selection import ADAPTER, PICKLED, kind_of, nothing_in
+from .selection import ADAPTER, PICKLED, PICKLED_ADAPTER, kind_of, nothing_in
 
 _T = TypeVar("_T")
 
@@ -25,7 +25,7 @@ _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _REVISION = re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w./-]*", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40,64}")
 _FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".json", ".yaml", ".yml")
-_ADAPTER_FILES = (ADAPTER, "adapter_config.json")
+_ADAPTER_CONFIG = "adapter_config.json"
 
 #: What is downloaded of a repository: weights and side files, side files alone, or an adapter.
 What = Literal["model", "side files", "adapter"]
@@ -65,7 +65,7 @@ def fetch(repository: str, revision: str | None, what: What = "model", *, pickle
 
 
 def listed(repository: str, revision: str | None) -> tuple[str, list[str], str]:
-    """The commit of a repository, the names of its top folder's files, and the URL of that folder.
+    """The commit of a repository, the paths of its files, and the URL of its top folder.
 
     Raises InputRejected when repository or revision does not exist, OperationFailed when the hub fails.
     """
@@ -73,7 +73,7 @@ def listed(repository: str, revision: str | None) -> tuple[str, list[str], str]:
 
     where = _named(repository, revision)
     found = _asked(where, lambda: HfApi(endpoint=constants.ENDPOINT).model_info(repository, revision=revision))
-    names = sorted(file.rfilename for file in found.siblings or () if "/" not in file.rfilename)
+    names = sorted(file.rfilename for file in found.siblings or ())
     if not found.sha or not _COMMIT.fullmatch(found.sha):
         raise OperationFailed(f"{where}: the hub names no commit")
     url = hf_hub_url(repository, "file", revision=found.sha, endpoint=constants.ENDPOINT)
@@ -139,9 +139,10 @@ def chosen(names: Sequence[str], where: str, what: What, pickled: bool = False) 
     """Which files of a repository to download. InputRejected when there is not what is wanted."""
     if what != "adapter":
         return wanted(names, where, pickled=pickled) if what == "model" else side_files(names)
-    if not set(_ADAPTER_FILES) <= set(names):
-        raise InputRejected(f"{where} holds no {' and '.join(_ADAPTER_FILES)}: it is no adapter")
-    return list(_ADAPTER_FILES)
+    weights = PICKLED_ADAPTER if pickled and ADAPTER not in names else ADAPTER
+    if not {weights, _ADAPTER_CONFIG} <= set(names):
+        raise InputRejected(f"{where} holds no {weights} and {_ADAPTER_CONFIG}: it is no adapter")
+    return [weights, _ADAPTER_CONFIG]
 
 
 def wanted(names: Sequence[str], where: str, *, pickled: bool = False) -> list[str]:

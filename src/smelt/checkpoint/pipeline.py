@@ -7,21 +7,19 @@ in front ("unet.conv_in.weight"). What lies at the top, as the encoder of senten
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .. import storage
 from ..errors import InputRejected, show
 from ..storage import FileIdentity
 from .base import Checkpoint, Part
 from .documents import MAX_BYTES, brief, parse_json
-from .place import LocalPlace, present
+from .place import Place
 from .selection import PICKLED, SAFETENSORS
 from .side import SideFiles
 
@@ -48,81 +46,87 @@ class Layout:
     weighted: tuple[str, ...]
 
 
-def layout_of(home: Path) -> Layout | None:
+def layout_of(home: Place) -> Layout | None:
     """How a folder is laid out, or None where it is a plain one. Raises InputRejected."""
-    names = storage.listdir(home)
-    index = next((name for name in INDICES if name in names), None)
+    index = next((name for name in INDICES if home.has(name)), None)
     if index is None:
         return None
-    path = present(home / index)
-    named = _diffusers(path) if index == INDICES[0] else _sentence_transformers(path)
-    _check(path, named, names)
-    folders = tuple(dict.fromkeys(name for name in named if not name or storage.is_folder(home / name)))
-    return Layout(index, folders, tuple(name for name in folders if _has_weights(home / name, index)))
-
-
-def _diffusers(path: Path) -> list[str]:
-    """The parts that are there: [library, class], which is [null, null] for those that are not."""
-    content = parse_json(storage.read_small(path, MAX_BYTES), storage.shown(path))
-    parts = {name: value for name, value in content.items() if isinstance(value, list) and len(value) == 2}
-    found = [name for name, value in parts.items() if value[1] is not None]
-    missing = [name for name in found if not storage.is_folder(path.parent / name)]
+    raw, where = home.small(index, MAX_BYTES) or b"", home.shown(index)
+    named = _diffusers(raw, where) if index == INDICES[0] else _sentence_transformers(raw, where)
+    _check(where, named)
+    there = {name: not name or home.has_folder(name) for name in named}
     InputRejected.gather(
-        f"{storage.shown(path)} names the part {show(name)}, but there is no such folder: is the download whole?"
-        for name in missing
+        f"{where} names the part {show(name)}, but there is no such folder: is the download whole?"
+        for name, is_there in there.items()
+        if not is_there and index == INDICES[0]
     )
-    return found
+    folders = tuple(name for name, is_there in there.items() if is_there)
+    return Layout(index, folders, tuple(name for name in folders if _has_weights(inner(home, name), index)))
 
 
-def _sentence_transformers(path: Path) -> list[str]:
+def inner(home: Place, folder: str) -> Place:
+    """A folder of a pipeline, which may be the top itself."""
+    return home.inside(folder) if folder else home
+
+
+def _diffusers(raw: bytes, where: str) -> list[str]:
+    """The parts that are there: [library, class], which is [null, null] for those that are not."""
+    content = parse_json(raw, where)
+    parts = {name: value for name, value in content.items() if isinstance(value, list) and len(value) == 2}
+    return [name for name, value in parts.items() if value[1] is not None]
+
+
+def _sentence_transformers(raw: bytes, where: str) -> list[Any]:
     """Modules in order; one that holds nothing, such as a normalisation, may have no folder."""
-    raw = storage.read_small(path, MAX_BYTES)
-    modules = parse_json(b'{"modules":' + raw + b"}", storage.shown(path))["modules"]  # a list at the top
+    modules = parse_json(b'{"modules":' + raw + b"}", where)["modules"]  # a list at the top
     if not isinstance(modules, list) or not all(isinstance(module, Mapping) for module in modules):
-        raise InputRejected(f"{storage.shown(path)} holds {brief(modules)}, expected a list of modules")
+        raise InputRejected(f"{where} holds {brief(modules)}, expected a list of modules")
     return [module.get("path") for module in modules]
 
 
-def _check(path: Path, named: list[Any], names: list[str]) -> None:
+def _check(where: str, named: list[Any]) -> None:
     """Folders beside the index, by their plain names."""
     wrong = [name for name in named if not isinstance(name, str) or (name and not _is_plain(name))]
     if wrong or not named or len(named) > _MOST_FOLDERS:
         what = f"the part {brief(wrong[0])}, expected the plain name of a folder beside it" if wrong else "no part"
-        raise InputRejected(f"{storage.shown(path)} names {what if len(named) <= _MOST_FOLDERS else 'too many parts'}")
+        raise InputRejected(f"{where} names {what if len(named) <= _MOST_FOLDERS else 'too many parts'}")
 
 
 def _is_plain(name: str) -> bool:
     return name.isprintable() and len(name) <= 255 and not name.startswith(".") and not set(name) & set("/\\:")
 
 
-def _has_weights(folder: Path, index: str) -> bool:
+def _has_weights(folder: Place, index: str) -> bool:
     """Whether a folder holds weights, or must: a config.json is a model's in diffusers."""
-    names = storage.listdir(folder)
+    names = folder.names()
     named = any(kind.has(name) or name.endswith(kind.index) for name in names for kind in (SAFETENSORS, PICKLED))
     return named or (index == INDICES[0] and "config.json" in names)
 
 
 class PipelineCheckpoint(Checkpoint):
-    """The checkpoints of a pipeline's folders as one. ``opened``: those with weights, by folder."""
+    """The checkpoints of a pipeline's folders as one, which owns them. ``opened``: those with weights, by folder."""
 
-    def __init__(self, home: Path, layout: Layout, opened: Mapping[str, Checkpoint], label: str) -> None:
-        self.label, self.folder = label, home
-        self._opened = tuple(opened.values())
+    def __init__(
+        self, home: Place, layout: Layout, opened: Mapping[str, Checkpoint], label: str, revision: str | None = None
+    ) -> None:
+        self.label, self.revision, self.folder, self._home = label, revision, home.folder, home
+        self.scratch = max((made.scratch for made in opened.values()), default=0)
+        self.opened, self._layout, self._stripped = dict(opened), layout, False
         self.parts = tuple(Part(folder, made.parts[0].stem) for folder, made in opened.items())
         self.scratch = max((made.scratch for made in self._opened), default=0)
         self.held = sum(made.held for made in self._opened)
         self._owners = dict(self._named(opened))
-        if len(self._owners) < sum(map(len, self._opened)):
-            raise InputRejected(f"{storage.shown(home)}: a tensor at the top is called as one in a folder")
+        if len(self._owners) < sum(map(len, opened.values())):
+            raise InputRejected(f"{home.shown()}: a tensor at the top is called as one in a folder")
         if not self._owners:
-            raise InputRejected(f"{storage.shown(home)}: no folder that {layout.index} names holds weights")
+            raise InputRejected(f"{home.shown()}: no folder that {layout.index} names holds weights")
         self.tensors = dict(sorted(self._infos()))
         self._nested = [name for folder in layout.folders if folder for name in _side_files(home, folder)]
         if "" in opened:
             self.config = opened[""].config
-        own = [layout.index, *filter(_AT_THE_TOP.fullmatch, storage.listdir(home))]
-        self.beside = tuple(dict.fromkeys([*own, *self._nested, *chain(*(made.beside for made in self._opened))]))
-        self.metadata = {key: text for made in self._opened for key, text in made.metadata.items()}
+        own = [layout.index, *filter(_AT_THE_TOP.fullmatch, home.names())]
+        self.beside = tuple(dict.fromkeys([*own, *self._nested, *chain(*(made.beside for made in opened.values()))]))
+        self.metadata = {key: text for made in opened.values() for key, text in made.metadata.items()}
         self.notices = [f"{folder or 'top'}: {note}" for folder, made in opened.items() for note in made.notices]
 
     def _named(self, opened: Mapping[str, Checkpoint]) -> Iterator[tuple[str, tuple[Part, Checkpoint, str]]]:
@@ -136,7 +140,11 @@ class PipelineCheckpoint(Checkpoint):
 
     @property
     def side_files(self) -> Mapping[str, bytes]:
-        return SideFiles(LocalPlace(self.folder) if self.folder is not None else None, self._nested)
+        return {} if self._stripped else SideFiles(self._home, self._nested)
+
+    def strip(self) -> None:
+        super().strip()
+        self._stripped = True
 
     def read(self, name: str, start: int, out: npt.NDArray[Any]) -> None:
         _, made, own = self._owners[name]
@@ -147,19 +155,25 @@ class PipelineCheckpoint(Checkpoint):
         made.read_runs(own, starts, out)
 
     def check_unchanged(self) -> None:
-        for made in self._opened:
+        for made in self.opened.values():
             made.check_unchanged()
 
     def files(self) -> list[FileIdentity]:
-        return sorted((file for made in self._opened for file in made.files()), key=lambda file: str(file.path))
+        return sorted((file for made in self.opened.values() for file in made.files()), key=lambda file: str(file.path))
 
     def close(self) -> None:
-        for made in self._opened:
+        for made in self.opened.values():
             made.close()
 
+    def of_parts(self, change: Callable[[Checkpoint], Checkpoint]) -> PipelineCheckpoint:
+        """The same pipeline with what ``change`` makes of its parts."""
+        opened = {folder: change(made) for folder, made in self.opened.items()}
+        return PipelineCheckpoint(self._home, self._layout, opened, self.label, self.revision)
 
-def _side_files(home: Path, folder: str) -> Iterator[str]:
-    for name in storage.listdir(home / folder):
+
+def _side_files(home: Place, folder: str) -> Iterator[str]:
+    place = home.inside(folder)
+    for name in place.names():
         plain = not name.startswith(".") and not name.lower().endswith(_LEFT_BEHIND)
-        if plain and not storage.is_folder(home / folder / name):
+        if plain and not place.has_folder(name):
             yield f"{folder}/{name}"

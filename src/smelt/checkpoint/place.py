@@ -13,7 +13,7 @@ from ..errors import InputRejected
 from .documents import MAX_BYTES, parse_json
 from .stored import LocalFile, Stored
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.*")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9.-]*://.*")
 
 
 def is_url(text: str) -> bool:
@@ -21,10 +21,20 @@ def is_url(text: str) -> bool:
     return _URL.fullmatch(text) is not None
 
 
+def split(text: str) -> tuple[str, str]:
+    """``base+adapter`` where either is a URL, whose own + must be told from that; nothing after it where it is none."""
+    base, plus, adapter = text.rpartition("+")
+    beyond = is_url(adapter) or (base.startswith("hf://") and "+" not in base)
+    return (base, adapter) if plus and base and adapter and beyond else (text, "")
+
+
 class Place(ABC):
     """Where files are looked up by their plain names. ``folder`` is the path of one on this machine."""
 
     folder: Path | None = None
+
+    #: Memory that reading its files takes beside what it fills.
+    scratch: int = 0
 
     @abstractmethod
     def shown(self, name: str | None = None) -> str:
@@ -33,6 +43,18 @@ class Place(ABC):
     @abstractmethod
     def names(self) -> list[str]:
         """The files that are there, sorted; of a place that cannot be listed, its weights."""
+
+    def has(self, name: str) -> bool:
+        """Whether a file is there."""
+        return name in self.names()
+
+    @abstractmethod
+    def has_folder(self, name: str) -> bool:
+        """Whether there is a folder below of this name. InputRejected where that cannot be known."""
+
+    @abstractmethod
+    def inside(self, name: str) -> Place:
+        """A folder below."""
 
     def beside(self) -> list[str]:
         """The files that may be read whole, sorted."""
@@ -68,6 +90,12 @@ class LocalPlace(Place):
     def names(self) -> list[str]:
         return storage.listdir(self.folder)
 
+    def has_folder(self, name: str) -> bool:
+        return storage.is_folder(self.folder / name)
+
+    def inside(self, name: str) -> Place:
+        return LocalPlace(self.folder / name)
+
     def small(self, name: str, limit: int) -> bytes | None:
         path = present(self.folder / name)
         return storage.read_small(path, limit) if storage.exists(path) else None
@@ -81,6 +109,15 @@ class LocalPlace(Place):
         blobs = home.parent / "blobs"
         waiting = storage.listdir(blobs) if home.name == "snapshots" and storage.is_folder(blobs) else []
         return any(name.endswith(".incomplete") for name in (*names, *waiting))
+
+
+#: A place, and the one file in it that is meant, or None.
+Target = tuple[Place, str | None]
+
+
+def target(path: Path) -> Target:
+    """The folder that a path of this machine names, or the file in its folder."""
+    return (LocalPlace(path), None) if storage.is_folder(path) else (LocalPlace(path.parent), path.name)
 
 
 def present(path: Path) -> Path:

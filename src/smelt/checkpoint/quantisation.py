@@ -7,6 +7,7 @@ from typing import Any
 
 from ..kernels.dtypes import DTYPES
 from .base import Checkpoint
+from .pipeline import PipelineCheckpoint
 
 Settings = Mapping[str, Any]
 
@@ -26,6 +27,8 @@ CODES = {".weight_packed": "compressed-tensors", ".qweight": "GPTQ or AWQ", ".SC
 
 def is_quantised(checkpoint: Checkpoint) -> bool:
     """Whether anything is there of quantised weights; if not, all tensors are what they seem."""
+    if isinstance(checkpoint, PipelineCheckpoint):
+        return any(map(is_quantised, checkpoint.opened.values()))
     return bool(settings_of(checkpoint.config)) or any(
         name.endswith(_TELLING) or not (DTYPES[info.dtype].arithmetic or not DTYPES[info.dtype].floating)
         for name, info in checkpoint.tensors.items()

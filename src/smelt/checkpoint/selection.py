@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import storage
 from ..errors import InputRejected, show
 from .documents import brief
 from .place import Place
@@ -28,6 +27,7 @@ _ADAPTER = "adapter_model."
 
 #: The weights of an adapter, which are no model's.
 ADAPTER = "adapter_model.safetensors"
+PICKLED_ADAPTER = "adapter_model.bin"
 
 #: What diffusers calls the adapter of a pipeline.
 DIFFUSERS_ADAPTER = "pytorch_lora_weights.safetensors"
@@ -227,24 +227,33 @@ def _refuse_missing(place: Place, files: Iterable[str]) -> None:
         )
 
 
-def gguf_file(path: Path) -> Path | None:
-    """The GGUF file that is meant: ``path`` itself, or the only one of a folder that has no other weights."""
-    if not storage.is_folder(path):
-        return path if path.suffix == ".gguf" else None
-    names = storage.listdir(path)
+def gguf_file(place: Place, name: str | None) -> str | None:
+    """The GGUF file that is meant: the one that is named, or the only one of a folder that has no other weights."""
+    if name is not None:
+        return name if name.endswith(".gguf") else None
+    names = place.names()
     found = [name for name in names if name.endswith(".gguf")]
     if any(kind.has(name) or name.endswith(kind.index) for kind in (SAFETENSORS, PICKLED) for name in names):
         return None
     sets = {re.sub(r"-\d{5}-of-", "-of-", name) for name in found}
-    return path / found[0] if len(sets) == 1 else None
+    return found[0] if len(sets) == 1 else None
+
+
+def adapter_file(place: Place, *, pickled: bool = False) -> str:
+    """The weights in an adapter's folder, whether they are there or not. InputRejected for those not to be read."""
+    if place.has(ADAPTER) or not place.has(PICKLED_ADAPTER):
+        return ADAPTER
+    if not pickled:
+        raise InputRejected(
+            f"{place.shown(PICKLED_ADAPTER)} is pickled: --allow-pickle reads its tensors without running what is in it"
+        )
+    return PICKLED_ADAPTER
 
 
 def refuse_other_formats(place: Place, name: str, *, pickled: bool = False) -> None:
-    """Say of a single file that it is an adapter, pickled or GGUF, where its name tells."""
+    """Say of a single file that it is an adapter, or pickled, where its name tells."""
     where = place.shown(name)
     if name.startswith(_ADAPTER):
         raise AdapterGiven(f"{where} {ADAPTER_ADVICE}")
     if name.endswith(PICKLED.endings) and not pickled:
         raise InputRejected(f"{where} {PICKLE_ADVICE}")
-    if name.endswith(".gguf"):
-        raise InputRejected(f"{where} is GGUF, which is read from this machine only: download it")

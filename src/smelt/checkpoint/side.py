@@ -17,10 +17,15 @@ class SideFiles(Mapping[str, bytes]):
         self._names = [*place.beside(), *more] if place is not None else []
 
     def __getitem__(self, name: str) -> bytes:
-        found = self._place.small(name, _LARGEST_FILE) if self._place is not None and name in self._names else None
+        found = self._small(name) if name in self._names else None
         if found is None:
             raise KeyError(name)
         return found
+
+    def _small(self, name: str) -> bytes | None:
+        folder, _, own = name.rpartition("/")
+        place = self._place.inside(folder) if folder and self._place is not None else self._place
+        return None if place is None else place.small(own, _LARGEST_FILE)
 
     def __contains__(self, name: object) -> bool:
         return name in self._names  # the inherited test would read the file

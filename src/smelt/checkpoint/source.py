@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from .. import storage
-from ..errors import InputRejected, show
+from ..errors import InputRejected, show, without_secrets
 from . import hub
 from .base import Checkpoint
 from .folder import FolderCheckpoint
 from .memory import MemoryCheckpoint, of_module
-from .pipeline import PipelineCheckpoint, layout_of
-from .place import LocalPlace, is_url
+from .pipeline import PipelineCheckpoint, inner, layout_of
+from .place import LocalPlace, Place, Target, is_url, split, target
 from .quantisation import is_quantised
-from .selection import ADAPTER, DIFFUSERS_ADAPTER, gguf_file
+from .selection import ADAPTER, DIFFUSERS_ADAPTER, PICKLED_ADAPTER, gguf_file
 from .side import SideFiles
 
 # Formats are imported by whoever meets one: most runs meet safetensors alone.
@@ -31,14 +31,14 @@ def load(
 ) -> Checkpoint:  # fmt: skip
     """Open a checkpoint lazily: a folder, one file of weights, a hub id, a URL, a dict of arrays, or a module.
 
-    ``base+adapter`` is the base with a PEFT adapter (a folder or hub id) applied; see also :func:`load_adapted`.
+    ``base+adapter`` is the base with an adapter (a folder, file, hub id or URL) applied; see also :func:`load_adapted`.
 
     A ``torch.nn.Module`` stands for its ``state_dict()``, and for its ``config`` where it has one. Quantised
     weights are shown as what they stand for, unless ``as_stored``.
 
     An existing path is a path, whatever it looks like; the hub is asked only about other names.
     ``owner/name@revision`` and ``revision=`` are the same. A URL (hf://, https://, s3://) is read by ranges, nothing
-    is downloaded whole. ``allow_pickle``: read pickled weights, too, where there are no others (but not behind URLs):
+    is downloaded whole. ``allow_pickle``: read pickled weights, too, where there are no others:
     their tensors alone, and nothing in them is run. Raises InputRejected when it is not a checkpoint, OperationFailed
     when reading or downloading it fails.
     """
@@ -57,7 +57,7 @@ def _dequantised(opened: Checkpoint) -> Checkpoint:
         return opened
     from .quantised import dequantised
 
-    return dequantised(opened)
+    return opened.of_parts(dequantised) if isinstance(opened, PipelineCheckpoint) else dequantised(opened)
 
 
 def _opened(source: Any, revision: str | None, label: str | None, allow_pickle: bool) -> Checkpoint:
@@ -68,45 +68,61 @@ def _opened(source: Any, revision: str | None, label: str | None, allow_pickle: 
     if callable(getattr(source, "state_dict", None)):
         return of_module(source, label or type(source).__name__)
     text = str(source)
+    if isinstance(source, str) and (parts := split(text))[1]:
+        return _with_adapter(*parts, revision, label, allow_pickle)
     if is_url(text):
-        from .remote import RemoteCheckpoint
+        from .remote import located
 
-        return RemoteCheckpoint(text, revision, label)
+        return _at(*located(text, revision), label or without_secrets(text), allow_pickle)
     path = _path(text)
     if storage.exists(path):
-        return _on_disk(_without_revision(path, revision), label or text, None, allow_pickle)
+        return _on_disk(_without_revision(path, revision), label or text, allow_pickle)
     name, _, named = text.partition("@")
     if named and storage.exists(_path(name)):
-        return _on_disk(_without_revision(_path(name), named), label or text, None, allow_pickle)
+        return _on_disk(_without_revision(_path(name), named), label or text, allow_pickle)
     base, plus, adapter = text.partition("+")
     if plus and base and adapter and not isinstance(source, Path):
-        return load_adapted(
-            load(base, revision=revision, allow_pickle=allow_pickle), [(open_adapter(adapter), 1.0)], label or text
-        )
+        return _with_adapter(base, adapter, revision, label, allow_pickle)
     if isinstance(source, Path) or not hub.is_id(name):
         raise InputRejected(f"{show(text, 1000)}: no such file or folder{_near(path)}")
     return _from_hub(name, revision or named or None, label or text, path, allow_pickle)
 
 
-def _on_disk(path: Path, label: str, commit: str | None, allow_pickle: bool) -> Checkpoint:
+def _with_adapter(base: str, adapter: str, revision: str | None, label: str | None, allow_pickle: bool) -> Checkpoint:
+    opened = load(base, revision=revision, allow_pickle=allow_pickle)
+    try:
+        found = open_adapter(adapter, allow_pickle=allow_pickle)
+    except BaseException:
+        opened.close()
+        raise
+    return load_adapted(opened, [(found, 1.0)], label or without_secrets(f"{base}+{adapter}"))
+
+
+def _on_disk(path: Path, label: str, allow_pickle: bool) -> Checkpoint:
+    return _at(target(path), None, label, allow_pickle)
+
+
+def _at(at: Target, commit: str | None, label: str, allow_pickle: bool) -> Checkpoint:
     """A file, a folder, or a folder of several models."""
-    gguf = gguf_file(path)
+    place, file = at
+    gguf = gguf_file(place, file)
     if gguf is not None:
         from .gguf import GgufCheckpoint
 
-        return GgufCheckpoint(gguf, label)
-    layout = layout_of(path) if storage.is_folder(path) else None
+        return GgufCheckpoint(place, gguf, label, commit)
+    layout = layout_of(place) if file is None else None
     if layout is None:
-        return FolderCheckpoint(path, label, commit, allow_pickle=allow_pickle)
+        return FolderCheckpoint(at, label, commit, allow_pickle=allow_pickle)
     with ExitStack() as stack:
-        opened = {
-            folder: stack.enter_context(FolderCheckpoint(path / folder, None, commit, allow_pickle=allow_pickle))
-            for folder in layout.weighted
-        }
-        made = PipelineCheckpoint(path, layout, opened, label)
-        made.revision = commit
+        opened = {folder: stack.enter_context(_part(inner(place, folder), allow_pickle)) for folder in layout.weighted}
+        made = PipelineCheckpoint(place, layout, opened, label, commit)
         stack.pop_all()
     return made
+
+
+def _part(place: Place, allow_pickle: bool) -> Checkpoint:
+    """One folder of a pipeline."""
+    return FolderCheckpoint((place, None), str(place.folder or place.shown()), allow_pickle=allow_pickle)
 
 
 def load_adapted(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], label: str) -> Checkpoint:
@@ -133,37 +149,41 @@ def is_adapter(source: object) -> TypeGuard[Adapter]:
     return isinstance(source, Adapter)
 
 
-def open_adapter(source: str | Path | Adapter, revision: str | None = None) -> Adapter:
-    """Open an adapter: a folder, a file in kohya's or diffusers' naming, or a hub id. Raises as :func:`load`."""
+def open_adapter(
+    source: str | Path | Adapter, revision: str | None = None, *, allow_pickle: bool = False
+) -> Adapter:  # fmt: skip
+    """Open an adapter: a folder, a file in kohya's or diffusers' naming, a hub id or a URL. Raises as :func:`load`."""
     if is_adapter(source):
         return source
     text = str(source)
     if is_url(text):
-        raise InputRejected(f"{show(text, 1000)}: an adapter is not read from a URL: download it and give its folder")
+        from .remote import located
+
+        return _adapter_at(*located(text, revision), without_secrets(text), allow_pickle)
     path = _path(text)
     if storage.exists(path):
-        return _adapter_at(_without_revision(path, revision), text)
+        return _adapter_at(target(_without_revision(path, revision)), None, text, allow_pickle)
     name, _, named = text.partition("@")
     if isinstance(source, Path) or not hub.is_id(name):
         raise InputRejected(f"{show(text, 1000)}: no such file or folder{_near(path)}")
-    folder, commit = hub.fetch(name, revision or named or None, "adapter")
-    return _adapter_at(folder, text, commit)
+    folder, commit = hub.fetch(name, revision or named or None, "adapter", pickled=allow_pickle)
+    return _adapter_at(target(folder), commit, text, allow_pickle)
 
 
-def _adapter_at(path: Path, label: str, commit: str | None = None) -> Adapter:
+def _adapter_at(at: Target, commit: str | None, label: str, allow_pickle: bool) -> Adapter:
     """PEFT's folder, or a single file that needs no config."""
     from .adapter import read_adapter, read_flat
 
-    diffusers = path / DIFFUSERS_ADAPTER
-    if storage.is_folder(path) and storage.exists(diffusers):
-        path = diffusers
-    if storage.is_folder(path) or path.name == ADAPTER:
-        return read_adapter(path.parent if path.name == ADAPTER else path, label, commit)
-    file = FolderCheckpoint(path, label)
+    place, file = at
+    if file is None and place.has(DIFFUSERS_ADAPTER):
+        file = DIFFUSERS_ADAPTER
+    if file in (None, ADAPTER, PICKLED_ADAPTER):
+        return read_adapter(place, label, commit, allow_pickle=allow_pickle)
+    opened = FolderCheckpoint((place, file), label, commit, allow_pickle=allow_pickle)
     try:
-        return read_flat(file)
+        return read_flat(opened)
     except BaseException:
-        file.close()
+        opened.close()
         raise
 
 
@@ -209,7 +229,7 @@ def _from_hub(name: str, revision: str | None, label: str, path: Path, allow_pic
         folder, commit = hub.fetch(name, revision, pickled=allow_pickle)
     except InputRejected as error:
         raise type(error)(f"{error}{_near(path)}") from error
-    return _on_disk(folder, label, commit, allow_pickle)
+    return _at(target(folder), commit, label, allow_pickle)
 
 
 def _near(path: Path) -> str:

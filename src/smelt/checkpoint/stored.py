@@ -40,6 +40,11 @@ class Stored(ABC):
     def check_unchanged(self) -> None:
         """Raise OperationFailed when the name no longer leads to the file as it was opened."""
 
+    @property
+    def notices(self) -> Sequence[str]:
+        """What is worth a warning about where it lies."""
+        return ()
+
     @abstractmethod
     def close(self) -> None:
         """Release what it holds, once; further reads fail."""

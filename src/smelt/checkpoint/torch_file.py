@@ -44,6 +44,9 @@ _LEFT_ASIDE = {
     "omegaconf", "_codecs",
 }  # fmt: skip
 
+#: How the files of torch before 1.6 begin: a pickle of the number 0x1950a86a20f9469cfc6c.
+_LEGACY = b"\x80\x02\x8a\x0a" + (0x1950A86A20F9469CFC6C).to_bytes(10, "little") + b"."
+
 #: How a program of torch.jit, which is saved as a zip of the same kind, gives itself away.
 _PROGRAM = "constants.pkl"
 
@@ -105,6 +108,17 @@ class StoredTensor:
             out[wanted] = near[part - part[0]]
 
 
+def _refuse_legacy(file: Stored) -> None:
+    """Say of a file of torch before 1.6, a row of pickles that begins with a magic number, what to do."""
+    head = bytearray(min(file.identity.size, len(_LEGACY)))
+    file.read_alone(memoryview(head), 0)
+    if bytes(head) == _LEGACY:
+        raise InputRejected(
+            f"{storage.shown(file.name)} is of the format of torch before 1.6: save it again with a current torch, as "
+            "torch.save(torch.load(file, weights_only=True), file)"
+        )
+
+
 class TorchFile:
     """One open file; ``content`` is what was saved, each tensor in it a :class:`StoredTensor`.
 
@@ -115,6 +129,7 @@ class TorchFile:
         self._file = LocalFile(source) if isinstance(source, Path) else source
         self.identity, self.name = self._file.identity, self._file.name
         try:
+            _refuse_legacy(self._file)
             self._records = records_of(self._file)
             self.content = self._unpickled()
         except (ValueError, TypeError, KeyError, IndexError, OverflowError, struct.error) as error:

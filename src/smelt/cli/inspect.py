@@ -33,7 +33,7 @@ def command(model: str, tensors: bool, roles: bool, stats: bool, allow_pickle: b
     try:
         opened = load(model, allow_pickle=allow_pickle)
     except AdapterGiven:
-        _tell_adapter(model, as_json)
+        _tell_adapter(model, allow_pickle, as_json)
         return
     with opened as checkpoint:
         structure = structure_of(checkpoint)
@@ -53,11 +53,11 @@ def command(model: str, tensors: bool, roles: bool, stats: bool, allow_pickle: b
         _show_tensors(facts["tensor_table"], columns)
 
 
-def _tell_adapter(source: str, as_json: bool) -> None:
+def _tell_adapter(source: str, allow_pickle: bool, as_json: bool) -> None:
     from ..checkpoint import open_adapter
     from ..diagnosis.contents import adapter_contents
 
-    adapter = open_adapter(source)
+    adapter = open_adapter(source, allow_pickle=allow_pickle)
     with adapter.file:
         facts = adapter_contents(adapter)
     if as_json:

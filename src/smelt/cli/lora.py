@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import common, json_option, settings
+from .options import common, json_option, pickle_option, settings
 from .output import duration, plain, print_json, print_table
 from .progress import bar
 
@@ -49,6 +49,7 @@ def command() -> None:
 )  # fmt: skip
 @click.option("--memory", default="4GiB", metavar="SIZE", show_default=True, help="Bounds how many matrices at once.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: the cores this process may use.")
+@pickle_option
 @json_option
 @common
 def extract(base: str, model: str, out: str, as_json: bool, **options: Any) -> None:
@@ -112,10 +113,11 @@ def _parameters(ctx: click.Context, option: click.Parameter, pairs: tuple[str, .
 )  # fmt: skip
 @click.option("--memory", default="4GiB", metavar="SIZE", show_default=True, help="Bounds how many modules at once.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: the cores this process may use.")
+@pickle_option
 @json_option
 @common
 def merge(adapters: tuple[str, ...], out: str, weights: tuple[float, ...], as_json: bool, **options: Any) -> None:
-    """Write one PEFT adapter made of the LoRA ADAPTERs (folders or hub ids) as the new folder OUT.
+    """Write one PEFT adapter made of the LoRA ADAPTERs (folders, hub ids or URLs) as the new folder OUT.
 
     By default their exact weighted sum, whatever their ranks, alphas and modules; no base model is needed.
 
@@ -155,6 +157,7 @@ def merge(adapters: tuple[str, ...], out: str, weights: tuple[float, ...], as_js
 )  # fmt: skip
 @click.option("--memory", default="4GiB", metavar="SIZE", show_default=True, help="Bounds how many tensors at once.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: the cores this process may use.")
+@pickle_option
 @json_option
 @common
 def pack(base: str, model: str, out: str, as_json: bool, **options: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from .options import common
+from .options import common, pickle_option
 
 
 @click.command(short_help="A recipe that stacks, repeats, drops or shuffles layers.")
@@ -24,6 +24,7 @@ from .options import common
 @click.option("--seed", type=click.IntRange(min=0), help="shuffle: of the draws; default 0.")
 @click.option("--full-random", is_flag=True, default=None, help="shuffle: layers from any place, too.")
 @click.option("--dtype", help="The recipe's dtype.")
+@pickle_option
 @common
 def command(pattern: str, models: tuple[str, ...], weights: tuple[float, ...], **options: Any) -> None:
     """Print the recipe of a model whose layers are those of MODELs in a PATTERN; `smelt merge -` reads it.

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .options import common, json_option, settings
+from .options import common, json_option, pickle_option, settings
 from .output import print_json
 from .progress import bar
 
@@ -61,6 +61,7 @@ def command() -> None:
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of random rows and noise.")
 @click.option("--shard-size", default="5GB", metavar="SIZE", show_default=True, help="Largest weight file.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: the cores this process may use.")
+@pickle_option
 @json_option
 @common
 def transplant(model: str, donor: str, out: str, as_json: bool, **options: Any) -> None:

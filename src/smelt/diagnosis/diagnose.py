@@ -81,7 +81,7 @@ def _open_one(name: str, source: Source, base: Source | None, stack: ExitStack, 
     except AdapterGiven:
         if base is None or base is source or isinstance(base, Checkpoint):
             raise
-        adapter = [(open_adapter(str(source)), 1.0)]
+        adapter = [(open_adapter(str(source), allow_pickle=allow_pickle), 1.0)]
         return stack.enter_context(
             load_adapted(load(base, label="base", allow_pickle=allow_pickle), adapter, str(source))
         )

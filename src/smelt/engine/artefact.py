@@ -32,12 +32,17 @@ from .sink import DiskSink, write_tensors
 Source = str | Path | Mapping[str, Any]
 
 
-def open_model(source: Source, label: str = "arrays") -> Input:
-    """A model by path, hub id or dict of arrays (which is called ``label``), opened; no quantised one."""
-    checkpoint = load(source, label=label if isinstance(source, Mapping) else None)
+def open_model(source: Source, label: str = "arrays", *, allow_pickle: bool = False) -> Input:
+    """A model by path, hub id, URL or dict of arrays (which is called ``label``), opened; no quantised one."""
+    checkpoint = load(source, label=label if isinstance(source, Mapping) else None, allow_pickle=allow_pickle)
     opened = Input(ModelReference(checkpoint.label, checkpoint.label, Position(checkpoint.label)), checkpoint)
     InputRejected.gather(quantised(opened))
     return opened
+
+
+def open_models(allow_pickle: bool, **sources: Source) -> list[Input]:
+    """Models by what to call them where they are arrays."""
+    return [open_model(source, label, allow_pickle=allow_pickle) for label, source in sources.items()]
 
 
 @dataclass
@@ -78,17 +83,18 @@ def publish(
     out: Path, work: Work, tensors: Mapping[str, Operand], files: Mapping[str, bytes], *, shards: Sequence[Shard],
     threads: int | None = None, progress: Progress | None = None,
 ) -> Artifact:  # fmt: skip
-    """Write every operand under its name, the files and the manifest, and give the folder its name.
+    """Write every operand under its name, in the dtype that ``shards`` says, the files and the manifest.
 
     ``out`` was looked at by :func:`check_destination` before the work began.
     """
+    dtypes = {tensor.name: tensor.dtype for shard in shards for tensor in shard.tensors}
     written = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
     check_space(out, sum(shard.size for shard in shards) + sum(map(len, files.values())) + (1 << 20))
 
     def copy_all(sink: DiskSink) -> None:
         mapper = mapper_for("cpu", "error", work.notices.append)
         with Executor(sink, mapper, threads=threads or usable_cores(), progress=progress) as executor:
-            executor.run(_copy(name, operand) for name, operand in tensors.items())
+            executor.run(_copy(name, dtypes[name], operand) for name, operand in tensors.items())
 
     shown = progress or Silent()
     shown.start(2 * written, "writing")
@@ -105,8 +111,8 @@ def publish(
     return Artifact(out, len(tensors), work.bytes_read, written, seconds, work.notices)
 
 
-def _copy(name: str, operand: Operand) -> Job:
-    return Job(name, operand.dtype, operand.count, [operand], lambda: Copy(operand))
+def _copy(name: str, dtype: str, operand: Operand) -> Job:
+    return Job(name, dtype, operand.count, [operand], lambda: Copy(operand))
 
 
 def _manifest(work: Work, tensors: Mapping[str, Mapping[str, Any]], files: Mapping[str, str]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..architecture import role_of
 from ..architecture.config import sections
+from ..checkpoint.quantisation import without_quantisation
 from ..kernels.dtypes import DTYPES, name_of
 from .inputs import read_config
 from .outputs import Output
@@ -29,7 +30,7 @@ def patched_configs(plan: Plan) -> dict[str, bytes]:
         name = part.inside("config.json")
         if part.folder and name in stored:
             outputs = [output for output in plan.outputs if output.name.startswith(part.prefix)]
-            found[name] = _patched(stored[name], partial(_with_dtype, plan, outputs))
+            found[name] = _patched(stored[name], partial(_of_part, plan, outputs))
     return found
 
 
@@ -50,6 +51,10 @@ def _whole(plan: Plan, config: dict[str, Any]) -> dict[str, Any]:
     if plan.float8 is not None:
         config["quantization_config"] = plan.float8.config()
     return _with_vocabulary(plan, config)
+
+
+def _of_part(plan: Plan, outputs: Sequence[Output], config: dict[str, Any]) -> dict[str, Any]:
+    return _with_dtype(plan, outputs, without_quantisation(config))
 
 
 def _with_dtype(plan: Plan, outputs: Sequence[Output], config: dict[str, Any]) -> dict[str, Any]:

@@ -205,11 +205,14 @@ def _load(
     except AdapterGiven:
         if base is None or base.text == reference.text or reference.adapters:
             raise
-        found = open_adapter(reference.path, reference.revision)
+        found = open_adapter(reference.path, reference.revision, allow_pickle=allow_pickle)
         return load_adapted(_load(base, base.text, places=places, allow_pickle=allow_pickle), [(found, 1.0)], label)
     if not reference.adapters:
         return model
-    opened = [(open_adapter(places.get(a.path, a.path), a.revision), a.weight) for a in reference.adapters]
+    opened = [
+        (open_adapter(places.get(a.path, a.path), a.revision, allow_pickle=allow_pickle), a.weight)
+        for a in reference.adapters
+    ]
     return load_adapted(model, opened, label)
 
 

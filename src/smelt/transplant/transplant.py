@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..checkpoint import TensorInfo, load, plan_shards
-from ..engine.artefact import Source, Work, open_model, publish
+from ..engine.artefact import Source, Work, open_models, publish
 from ..engine.device import nonfinite
 from ..engine.execute import usable_cores
 from ..engine.inputs import Input
@@ -21,7 +21,6 @@ from ..engine.publish import check_destination
 from ..engine.run import Artifact
 from ..engine.whole import read_whole
 from ..errors import InputRejected, OperationFailed, show
-from ..kernels.program import Operand
 from ..recipe import parse_size
 from .config import documents
 from .matrices import Array, Transplanted, transplanted
@@ -34,7 +33,8 @@ def transplant_tokenizer(
     cosine_similarity: bool | None = None, weight_scheme: str | None = None, subword_method: str | None = None,
     match: str = "marker", prefix_match: str = "no", byte_match: str = "no", magikarp: bool = False,
     new_vocab_noise: float = 0.0, new_vocab_scale: float = 1.0, pad_to_multiple_of: int = 1, seed: int = 0,
-    shard_size: str | int = SHARD_SIZE, threads: int | None = None, progress: Progress | None = None,
+    allow_pickle: bool = False, shard_size: str | int = SHARD_SIZE, threads: int | None = None,
+    progress: Progress | None = None,
 ) -> Artifact:  # fmt: skip
     """Publish ``model`` with the tokenizer of ``donor`` as the new folder ``out``.
 
@@ -59,6 +59,7 @@ def transplant_tokenizer(
     new_vocab_noise, new_vocab_scale: add normal noise of this deviation to approximated rows, then multiply.
     pad_to_multiple_of: add rows that no token uses, equal to the mean of all.
     seed: of the random methods and the noise.
+    allow_pickle: read pickled weights, too, where there are no others.
 
     Raises UsageError, InputRejected or OperationFailed; then ``out`` does not exist.
     """
@@ -68,13 +69,15 @@ def transplant_tokenizer(
         new_vocab_noise, new_vocab_scale, pad_to_multiple_of, seed,
     )  # fmt: skip
     size = parse_size(shard_size)
-    work = Work("tokenizer_transplant", asdict(options), [open_model(model, "model"), open_model(donor, "donor")], seed)
+    opened = open_models(allow_pickle, model=model, donor=donor)
+    work = Work("tokenizer_transplant", asdict(options), opened, seed)
     try:
         check_destination(out, work.folders())
         transplant = _Transplant(work, options, threads or usable_cores())
         tensors = transplant.tensors()
         parts = work.inputs[0].checkpoint.parts
-        shards = plan_shards([TensorInfo(name, o.dtype, o.shape) for name, o in tensors.items()], size, parts=parts)
+        infos = [TensorInfo(name, transplant.dtype(name), operand.shape) for name, operand in tensors.items()]
+        shards = plan_shards(infos, size, parts=parts)
         files = transplant.files(tensors)
         return publish(out, work, tensors, files, shards=shards, threads=threads, progress=progress)
     finally:
@@ -91,11 +94,11 @@ class _Transplant:
         self._vocabularies = read_vocabulary(self._model.checkpoint), read_vocabulary(self._donor.checkpoint)
         work.notices += _remarks(*self._vocabularies)
 
-    def tensors(self) -> dict[str, Operand]:
+    def tensors(self) -> dict[str, CheckpointOperand]:
         """All tensors of the model; those with a row for each token made anew."""
         structure = self._model.structure
         names = sorted(self._model.checkpoint.tensors, key=natural_key)
-        found: dict[str, Operand] = {name: self._work.operand(self._model, name) for name in names}
+        found = {name: self._work.operand(self._model, name) for name in names}
         made = {name: self._made(name) for name in names if structure.vocabulary_axis(name) is not None}
         for group in structure.tied_groups:
             made |= dict.fromkeys(group, made[structure.vocabulary.embeddings[0]])
@@ -103,11 +106,15 @@ class _Transplant:
         self._work.notices += [f"{name}: {rows}" for name, rows in made.items()]
         return found | {name: CheckpointOperand(arrays, name) for name in made}
 
+    def dtype(self, name: str) -> str:
+        """In which a tensor of the model is written."""
+        return self._model.checkpoint.tensors[name].native
+
     def _made(self, name: str) -> Transplanted:
         """An embedding, a head, or the head's bias (whose unknown rows are zero)."""
         head = name not in self._model.structure.vocabulary.embeddings
         own = self._values(self._model, name)
-        dtype = self._model.checkpoint.tensors[name].dtype
+        dtype = self.dtype(name)
         if own.ndim == 2:
             donor = self._values(self._donor, _counterpart(self._donor, head))
             return transplanted(
@@ -124,7 +131,7 @@ class _Transplant:
             raise OperationFailed(f"{item.label}: tensor {show(name)} holds NaN or Inf")
         return values
 
-    def files(self, tensors: Mapping[str, Operand]) -> dict[str, bytes]:
+    def files(self, tensors: Mapping[str, CheckpointOperand]) -> dict[str, bytes]:
         """The donor's tokenizer and the model's configs with its vocabulary."""
         rows = tensors[self._model.structure.vocabulary.embeddings[0]].shape[0]
         files, changes = documents(self._model, self._donor, rows)

@@ -61,9 +61,10 @@ class AdaptedCheckpoint(Checkpoint):
 
     def __init__(self, base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], label: str) -> None:
         self.label, self.base = label, base
-        self.config, self.folder, self.metadata, self.scratch = base.config, base.folder, base.metadata, base.scratch
+        self.config, self.folder, self.metadata = base.config, base.folder, base.metadata
         self.parts, self.beside, self.held = base.parts, base.beside, base.held
         self._adapters = [adapter for adapter, _ in adapters]
+        self.scratch = max(source.scratch for source in self._sources())
         revisions = [source.revision for source in self._sources()]
         self.revision = None if None in revisions else "+".join(map(str, revisions))
         self._entries: dict[str, list[_Entry]] = {}

@@ -10,13 +10,11 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import isfinite, sqrt
-from pathlib import Path
 from typing import Any
 
-from ... import storage
 from ...errors import InputRejected, show
-from ..documents import brief, read_json
-from ..place import present
+from ..documents import MAX_BYTES, brief, parse_json
+from ..place import Place
 
 CONFIG = "adapter_config.json"
 
@@ -150,12 +148,13 @@ def is_part(name: str, end: str) -> bool:
     return name == end or name.endswith("." + end)
 
 
-def read_config(folder: Path) -> Config:
+def read_config(place: Place) -> Config:
     """The config in an adapter's folder. InputRejected when it is missing, malformed or not understood."""
-    path = present(folder / CONFIG)
-    if not storage.exists(path):
-        raise InputRejected(f"{storage.shown(folder)} holds no {CONFIG}, which says how its adapter is meant")
-    return checked(read_json(path), storage.shown(path))
+    raw = place.small(CONFIG, MAX_BYTES)
+    if raw is None:
+        raise InputRejected(f"{place.shown()} holds no {CONFIG}, which says how its adapter is meant")
+    where = place.shown(CONFIG)
+    return checked(parse_json(raw, where), where)
 
 
 def checked(content: Mapping[str, Any], where: str) -> Config:

@@ -12,6 +12,7 @@ from ...errors import InputRejected, show
 from ...kernels.dtypes import DTYPES
 from ..base import Checkpoint, TensorInfo
 from ..folder import FolderCheckpoint
+from ..place import LocalPlace, Place
 from . import packs
 from .config import Config, checked, is_part, read_config
 from .flora import PART, tuckers
@@ -68,13 +69,17 @@ class Adapter:
         return self.file.label
 
 
-def read_adapter(folder: Path, label: str | None = None, revision: str | None = None) -> Adapter:
+def read_adapter(
+    folder: Path | Place, label: str | None = None, revision: str | None = None, *, allow_pickle: bool = False
+) -> Adapter:
     """Open the PEFT adapter in a folder; only its headers are read.
 
     Raises InputRejected when a file is missing or malformed, and for anything in it that is not understood.
     """
-    config = read_config(folder)
-    file = FolderCheckpoint(folder, label, revision, adapter=True)
+    place = LocalPlace(folder) if isinstance(folder, Path) else folder
+    config = read_config(place)
+    label = str(folder) if label is None else label
+    file = FolderCheckpoint((place, None), label, revision, adapter=True, allow_pickle=allow_pickle)
     try:
         return understood(file, config)
     except BaseException:

@@ -6,18 +6,16 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ... import storage
 from ...errors import InputRejected, show
 from ...kernels.dtypes import DTYPES, name_of
 from ...storage import FileIdentity
 from ..base import Checkpoint, TensorInfo
-from ..place import present
+from ..place import Place
 from .families import FAMILIES, Family
 from .file import GgufFile
 from .format import PLAIN, StoredTensor
@@ -71,24 +69,24 @@ class GgufCheckpoint(Checkpoint):
     ones are read as float32. Raises InputRejected when a file is malformed or missing.
     """
 
-    def __init__(self, path: Path, label: str | None = None) -> None:
-        self.label = str(path) if label is None else label
+    def __init__(self, place: Place, name: str, label: str, revision: str | None = None) -> None:
+        self.label, self.revision, self.scratch = label, revision, place.scratch
         self._files: dict[str, GgufFile] = {}
+        self.notices: list[str] = []
         try:
-            for part in _parts(path):
-                self._files[part.name] = GgufFile(present(part))
+            for part in _parts(place, name):
+                stored_file = place.open(part)
+                self._files[part] = GgufFile(stored_file)
+                self.notices += (*stored_file.notices, *self._files[part].header.notices)
             self.header = next(iter(self._files.values())).header
-            stored = dict(_united(path, [file.header for file in self._files.values()]))
-            self.notices: list[str] = [notice for file in self._files.values() for notice in file.header.notices]
+            stored = dict(_united(place.shown(name), [file.header for file in self._files.values()]))
             self._views = self._viewed(stored)
         except BaseException:
             self.close()
             raise
         self.metadata = {key: text for key, text in self.header.metadata.items() if _is_fact(key, text)}
         if "tokenizer.ggml.tokens" in self.header.metadata:
-            self.unwritten = [
-                "its tokenizer is not written: copy tokenizer.json of the original model beside the result"
-            ]
+            self.unwritten = [_TOKENIZER]
         native = _native(self._views.values())
         if self.config:
             self.config = {**self.config, "dtype": name_of(native)}
@@ -241,25 +239,25 @@ def _shares(heads: Any, shape: tuple[int, ...]) -> bool:
 # --- files of a set -------------------------------------------------------------------------------------
 
 
-def _parts(path: Path) -> list[Path]:
-    """All files of the set that ``path`` belongs to, in order."""
-    number = NUMBERED.fullmatch(path.name)
+def _parts(place: Place, name: str) -> list[str]:
+    """All files of the set that a file belongs to, in order."""
+    number = NUMBERED.fullmatch(name)
     if number is None:
-        return [path]
+        return [name]
     stem, total = number[1], int(number[3])
-    parts = [path.with_name(f"{stem}-{part:05d}-of-{total:05d}.gguf") for part in range(1, total + 1)]
-    missing = [part.name for part in parts if not storage.exists(part)]
+    parts = [f"{stem}-{part:05d}-of-{total:05d}.gguf" for part in range(1, total + 1)]
+    missing = [part for part in parts if not place.has(part)]
     if missing:
         raise InputRejected(
-            f"{storage.shown(path)}: {len(missing)} of the {total} files of its set are missing, such as "
+            f"{place.shown(name)}: {len(missing)} of the {total} files of its set are missing, such as "
             f"{show(missing[0])}: download them too"
         )
     return parts
 
 
-def _united(path: Path, headers: list[GgufHeader]) -> Iterator[tuple[str, StoredTensor]]:
+def _united(where: str, headers: list[GgufHeader]) -> Iterator[tuple[str, StoredTensor]]:
     """The tensors of all files, none twice."""
-    where, seen = storage.shown(path), set()
+    seen = set()
     stated = headers[0].metadata.get(_SPLITS, 1)
     if not isinstance(stated, int) or max(stated, 1) != len(headers):
         raise InputRejected(f"{where} is one of {show(stated)} files, found {len(headers)}: keep the names of the set")

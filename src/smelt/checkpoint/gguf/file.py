@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import threading
-import weakref
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ... import storage
 from ...errors import OperationFailed, show
 from ...kernels.blocks import unpack
 from ...kernels.dtypes import DTYPES
+from ..stored import Stored
 from .format import PLAIN, StoredTensor, bytes_of, elements_of
 from .header import read_header
 
@@ -24,14 +22,11 @@ _SLAB = 1 << 16
 class GgufFile:
     """Its header parsed. ``identity`` is what the file was at that moment."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._descriptor = storage.open_read(path)
-        self._closing = weakref.finalize(self, storage.close, self._descriptor)
+    def __init__(self, stored: Stored) -> None:
+        self._stored, self.identity = stored, stored.identity
         self._scratch = threading.local()
         try:
-            self.identity = storage.identity(path, self._descriptor)
-            self.header = read_header(self._descriptor, path, self.identity.size)
+            self.header = read_header(stored)
         except BaseException:
             self.close()
             raise
@@ -40,7 +35,7 @@ class GgufFile:
         """Fill ``out`` with elements from ``start`` on: as they are stored, or float32 unpacked. Thread-safe."""
         try:
             if tensor.kind in PLAIN:
-                storage.pread_into(self._descriptor, out.data, tensor.offset + start * out.itemsize, self.path)
+                self._stored.read_into(out.data, tensor.offset + start * out.itemsize)
             else:
                 self._unpack(tensor, start, out)
         except OperationFailed as error:
@@ -61,7 +56,7 @@ class GgufFile:
 
     def _gather(self, tensor: StoredTensor, rows: npt.NDArray[np.int64], size: int, out: npt.NDArray[Any]) -> None:
         try:
-            storage.pread_runs(self._descriptor, out.data, (rows * size + tensor.offset).tolist(), self.path)
+            self._stored.read_runs(out.data, (rows * size + tensor.offset).tolist())
         except OperationFailed as error:
             raise OperationFailed(f"tensor {show(tensor.name)}: {error}") from error
 
@@ -83,7 +78,7 @@ class GgufFile:
     def _blocks(self, tensor: StoredTensor, first: int, count: int) -> npt.NDArray[np.uint8]:
         size = bytes_of(tensor.kind, elements_of(tensor.kind))
         packed = self._buffer(count * size)
-        storage.pread_into(self._descriptor, packed.data, tensor.offset + first * size, self.path)
+        self._stored.read_into(packed.data, tensor.offset + first * size)
         return packed
 
     def _buffer(self, size: int) -> npt.NDArray[np.uint8]:
@@ -101,10 +96,8 @@ class GgufFile:
         return dtype.as_values(out).reshape(tensor.shape)
 
     def check_unchanged(self) -> None:
-        """Raise OperationFailed when the path no longer leads to the file as it was opened."""
-        if storage.identity(self.path) != self.identity:
-            raise OperationFailed(f"{storage.shown(self.path)} changed while it was being read: run again")
+        """Raise OperationFailed when the name no longer leads to the file as it was opened."""
+        self._stored.check_unchanged()
 
     def close(self) -> None:
-        self._closing()
-        self._descriptor = -1  # its number may soon be another file's
+        self._stored.close()

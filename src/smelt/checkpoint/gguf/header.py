@@ -11,7 +11,6 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ import numpy as np
 from ... import storage
 from ...errors import InputRejected, show
 from ..safetensors import MAX_TENSORS, name_problem
+from ..stored import Stored
 from .format import (
     ALIGNMENT,
     ALIGNMENT_KEY,
@@ -66,11 +66,11 @@ class GgufHeader:
     notices: tuple[str, ...] = ()
 
 
-def read_header(descriptor: int, path: Path, size: int) -> GgufHeader:
-    """The header of an open file of ``size`` bytes. InputRejected at the first thing that is wrong."""
-    where = storage.shown(path)
+def read_header(stored: Stored) -> GgufHeader:
+    """The header of an open file. InputRejected at the first thing that is wrong."""
+    where, size = storage.shown(stored.name), stored.identity.size
     try:
-        return _parsed(_Cursor(descriptor, path, size), path.name, size)
+        return _parsed(_Cursor(stored, size), stored.identity.path.name, size)
     except UnicodeDecodeError as error:
         raise InputRejected(f"{where}: a name in the header is not UTF-8 text: {error.reason}") from error
     except ValueError as error:
@@ -80,8 +80,8 @@ def read_header(descriptor: int, path: Path, size: int) -> GgufHeader:
 class _Cursor:
     """Goes through a file front to back. ValueError, with the end of a sentence, where the file is too short."""
 
-    def __init__(self, descriptor: int, path: Path, size: int) -> None:
-        self._descriptor, self._path, self._size = descriptor, path, size
+    def __init__(self, stored: Stored, size: int) -> None:
+        self._stored, self._size = stored, size
         self._buffer, self._at, self._read = b"", 0, 0
 
     @property
@@ -105,7 +105,7 @@ class _Cursor:
             raise ValueError(f"has a header of more than {MAX_HEADER} bytes")
         rest = self._buffer[self._at :]
         more = bytearray(min(max(count - len(rest), _CHUNK), self._size - self._read))
-        storage.pread_into(self._descriptor, memoryview(more), self._read, self._path)
+        self._stored.read_alone(memoryview(more), self._read)
         self._buffer, self._at, self._read = rest + bytes(more), 0, self._read + len(more)
 
     def number(self, code: str, what: str) -> Any:

@@ -12,6 +12,7 @@ from ...errors import InputRejected, show
 from ...kernels.dtypes import DTYPES
 from ...storage import FileIdentity
 from ..base import Checkpoint
+from ..pipeline import PipelineCheckpoint
 from ..quantisation import CODES, COMPANIONS, Settings, settings_of, without_quantisation
 from .bitsandbytes import bitsandbytes_groups
 from .compressed import compressed_groups
@@ -68,6 +69,10 @@ def dequantised(checkpoint: Checkpoint) -> Checkpoint:
 
 def refusals(checkpoint: Checkpoint) -> Iterator[str]:
     """Why a checkpoint is not made of weights: that it is quantised in a way that was not understood."""
+    if isinstance(checkpoint, PipelineCheckpoint):
+        for folder, part in checkpoint.opened.items():
+            yield from (f"{folder or 'top'}: {problem}" for problem in refusals(part))
+        return
     settings = settings_of(checkpoint.config)
     if settings:
         method = settings.get("quant_method", "unknown")

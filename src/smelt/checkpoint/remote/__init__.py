@@ -10,34 +10,16 @@ import contextlib
 import re
 from urllib.parse import unquote
 
-from ...errors import InputRejected, UsageError, show, without_secrets
+from ...errors import InputRejected, UsageError, show
 from .. import hub
 from ..documents import MAX_BYTES
-from ..folder import FolderCheckpoint, Target
-from ..pipeline import INDICES
-from ..place import LocalPlace
-from .blocks import SCRATCH
+from ..place import LocalPlace, Target
 from .client import client_for
 
 _HUB = re.compile(r"([^/@]+/[^/@]+)(?:@([^/]+))?(?:/([^/]+))?/?")
 
 #: What is a file of a model, or of something else that must be refused by name.
 _FILES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
-
-
-class RemoteCheckpoint(FolderCheckpoint):
-    """Safetensors files behind a URL. Its label is the URL without secrets."""
-
-    scratch = SCRATCH
-
-    def __init__(self, url: str, revision: str | None, label: str | None) -> None:
-        target, commit = located(url, revision)
-        if commit is not None and target[1] is None and any(index in target[0].names() for index in INDICES):
-            raise InputRejected(f"{show(url, 1000)} is a model in several folders: leave out hf://, which downloads it")
-        super().__init__(target, label or without_secrets(url), commit)
-        blind = [show(file.path.name) for file in self.files() if file.version.endswith(" ")]
-        told = "the server does not tell one version from another: a change would go unseen, and nothing is kept"
-        self.notices = [*self.notices, *(f"{name}: {told}" for name in blind[:3])]
 
 
 def located(url: str, revision: str | None = None) -> tuple[Target, str | None]:
@@ -65,7 +47,7 @@ def _check_signs(url: str) -> None:
 
 
 def _in_repository(url: str, rest: str, revision: str | None) -> tuple[Target, str]:
-    from .hugging import HubPlace
+    from .hugging import repository
 
     match = _HUB.fullmatch(rest)
     if match is None:
@@ -75,7 +57,7 @@ def _in_repository(url: str, rest: str, revision: str | None) -> tuple[Target, s
     if hub.switched_off():
         folder, commit = hub.fetch(match[1], match[2] or revision)
         return (LocalPlace(folder), match[3]), commit
-    place = HubPlace(match[1], match[2] or revision)
+    place = repository(match[1], match[2] or revision)
     if match[3] and match[3] not in place.names():
         raise InputRejected(f"{show(url, 1000)}: the repository has no such file")
     return (place, match[3]), place.commit

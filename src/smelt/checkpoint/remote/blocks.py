@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 
 from ... import storage
-from ...errors import InputRejected, OperationFailed
+from ...errors import InputRejected, OperationFailed, show
 from ..stored import Stored, changed
 from .store import Store, the_store
 from .transport import Beginning, Interrupted, NotThere, Transport, patiently
@@ -50,6 +50,7 @@ class RemoteFile(Stored):
         start = _begun(transport, HEAD)
         self._head = memoryview(start.head)
         self.identity = storage.FileIdentity(Path(file), 0, 0, start.size, 0, f"{self.name} {start.version}")
+        self._versioned = bool(start.version)
         self._key = _key(transport, start)
         self._lock = threading.Lock()
         self._pending: dict[int, Future[memoryview]] = {}
@@ -143,6 +144,11 @@ class RemoteFile(Stored):
             raise changed(self.name, f"from {self.identity.size} to {now.size} bytes")
         if f"{self.name} {now.version}" != self.identity.version:
             raise changed(self.name, "it was replaced")
+
+    @property
+    def notices(self) -> Sequence[str]:
+        told = "the server does not tell one version from another: a change would go unseen, and nothing is kept"
+        return () if self._versioned else (f"{show(self.identity.path.name)}: {told}",)
 
     def close(self) -> None:
         with self._lock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 from ...errors import InputRejected, MissingExtra, SmeltError, UsageError, show, without_secrets
+from ..place import Place
 from ..stored import Stored
 from .blocks import RemoteFile
 from .places import RemotePlace
@@ -55,7 +56,7 @@ class BucketPlace(RemotePlace):
     def __init__(self, system: Any, path: str, url: str) -> None:
         super().__init__()
         self._system, self._path, self._url = system, path.rstrip("/"), without_secrets(url).rstrip("/")
-        self._names: list[str] | None = None
+        self._kinds: dict[str, str] = {}
 
     def shown(self, name: str | None = None) -> str:
         return show(self._url if name is None else f"{self._url}/{name}", 1000)
@@ -64,18 +65,28 @@ class BucketPlace(RemotePlace):
         return RemoteFile(BucketFile(self._system, f"{self._path}/{name}", f"{self._url}/{name}"), name)
 
     def names(self) -> list[str]:
-        if self._names is None:
+        return sorted(self._kinds_of())
+
+    def has_folder(self, name: str) -> bool:
+        return self._kinds_of().get(name) == "directory"
+
+    def inside(self, name: str) -> Place:
+        return BucketPlace(self._system, f"{self._path}/{name}", f"{self._url}/{name}")
+
+    def _kinds_of(self) -> dict[str, str]:
+        """What is in the folder, and whether it is a "file" or a "directory"; asked for once."""
+        if not self._kinds:
             try:
                 found = patiently(self._listed, self.shown())
             except NotThere as error:
                 raise InputRejected(f"{self.shown()}: {error}") from error
-            self._names = sorted({path.rstrip("/").rpartition("/")[2] for path in found})
-        return self._names
+            self._kinds = {str(facts["name"]).rstrip("/").rpartition("/")[2]: str(facts["type"]) for facts in found}
+        return self._kinds
 
-    def _listed(self) -> list[str]:
+    def _listed(self) -> list[dict[str, Any]]:
         try:
             self._system.invalidate_cache()
-            found: list[str] = self._system.ls(self._path, detail=False)
+            found: list[dict[str, Any]] = self._system.ls(self._path, detail=True)
         except Exception as error:
             _translate(self._url, error)
         return found

@@ -8,7 +8,8 @@ from urllib.parse import quote, urlsplit
 
 from ...errors import InputRejected, OperationFailed, show, without_secrets
 from ..documents import MAX_BYTES
-from ..selection import STEMS
+from ..place import Place
+from ..selection import ADAPTER, STEMS
 from ..stored import Stored, changed
 from .blocks import RemoteFile, pool
 from .client import Answer, Client
@@ -149,7 +150,19 @@ class HttpPlace(RemotePlace):
                 return [index, *{file for file in files if isinstance(file, str)}]
             if self.answers(f"{stem}.safetensors"):
                 return [f"{stem}.safetensors"]
-        return []
+        return [ADAPTER] if self.answers(ADAPTER) else []
+
+    def has(self, name: str) -> bool:
+        return self.small(name, MAX_BYTES) is not None if name.endswith(".json") else self.answers(name)
+
+    def has_folder(self, name: str) -> bool:
+        raise InputRejected(
+            f"{self.shown()} is a model in several folders, which a web server does not list: download it, or read it "
+            "from hf:// or a bucket"
+        )
+
+    def inside(self, name: str) -> Place:
+        return HttpPlace(self._client, f"{self._folder}/{quote(name, safe='')}{self._query}")
 
     def answers(self, name: str) -> bool:
         """Whether a file is there. Raises InputRejected when it is not served by ranges."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 from abc import abstractmethod
 
 from ..place import Place
+from .blocks import SCRATCH
 from .transport import NotThere, patiently
 
 
 class RemotePlace(Place):
     """Small files are fetched once, with patience, and kept in memory."""
+
+    scratch = SCRATCH
 
     def __init__(self) -> None:
         self._small: dict[str, bytes | None] = {}
