@@ -311,7 +311,7 @@ def test_an_adapted_model_keeps_its_dtype(tmp_path: Path) -> None:
     own = model(tmp_path / "a", ["<s>", "</s>", *WORDS])
     style = tmp_path / "style"
     style.mkdir()
-    pairs = {}
+    pairs: Arrays = {}
     for module, (rows, columns) in {OTHER: (6, 12), EMBED: (42, 12)}.items():
         kind = "lora_embedding_{}" if module == EMBED else "lora_{}.weight"
         a, b = (normal(2, columns), normal(rows, 2)) if module == OTHER else (normal(2, rows), normal(columns, 2))
