@@ -110,11 +110,10 @@ class PipelineCheckpoint(Checkpoint):
         self, home: Place, layout: Layout, opened: Mapping[str, Checkpoint], label: str, revision: str | None = None
     ) -> None:
         self.label, self.revision, self.folder, self._home = label, revision, home.folder, home
-        self.scratch = max((made.scratch for made in opened.values()), default=0)
         self.opened, self._layout, self._stripped = dict(opened), layout, False
         self.parts = tuple(Part(folder, made.parts[0].stem) for folder, made in opened.items())
-        self.scratch = max((made.scratch for made in self._opened), default=0)
-        self.held = sum(made.held for made in self._opened)
+        self.scratch = max((made.scratch for made in opened.values()), default=0)
+        self.held = sum(made.held for made in opened.values())
         self._owners = dict(self._named(opened))
         if len(self._owners) < sum(map(len, opened.values())):
             raise InputRejected(f"{home.shown()}: a tensor at the top is called as one in a folder")
