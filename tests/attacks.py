@@ -27,6 +27,7 @@ class Attack:
     pattern: str
     mentions: tuple[str, ...]
     exit_code: int = 3
+    options: tuple[str, ...] = ()  # of the command
 
 
 ATTACKS: list[Attack] = []

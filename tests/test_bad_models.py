@@ -62,6 +62,11 @@ MODELS: list[tuple[str, Callable[[Path, Arrays], str], str]] = [
     ("68 another family", configured(model_type="mistral"), "differ in model type: 'mistral'"),
     ("68 other heads", configured(num_key_value_heads=1), "differ in key value heads"),
     ("70 tied", configured(tie_word_embeddings=True), "differ in tied embeddings"),
+    (
+        "72 another layout",  # of GPT-2 the matrices lie transposed, which square ones do not show
+        lambda folder, model: save(folder, model, config={**CONFIG, "model_type": "gpt2"}),
+        "differ in model type: 'gpt2'",
+    ),
     ("71 integers", changed(lambda m: {**m, KEY: m[KEY].view(np.int16)}), f"'{KEY}': floating in some models and not"),
     ("76 quantised", configured(quantization_config={"quant_method": "fp8"}), r"odd: a quantised checkpoint \('fp8'\)"),
     (

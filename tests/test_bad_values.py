@@ -90,6 +90,20 @@ def test_denormals_and_signed_zeros_survive_a_copy(tmp_path: Path) -> None:
     assert values(artifact.path)["w"].tobytes() == odd.tobytes()
 
 
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_a_singular_gram_matrix_has_the_answer_that_its_inputs_ask_for(rank: int) -> None:
+    """Where no input has been, the models' mean stays; where both were seen alike, too."""
+    random = np.random.default_rng(rank)
+    models = [{"w": random.standard_normal((4, 6)).astype(np.float32)} for _ in range(2)]
+    seen = random.standard_normal((6, rank))
+    gram = (seen @ seen.T).astype(np.float32)
+    parameters = {"reduce_non_diagonal_ratio": 1.0}
+    statistics = [{"gram": {"w": gram}}] * 2
+    merged = smelt.merge_tensors("regmean", models, statistics=statistics, parameters=parameters)["w"]
+    mean = (models[0]["w"] + models[1]["w"]) / 2
+    np.testing.assert_allclose(merged, mean, atol=1e-5)
+
+
 # --- models that should not meet ------------------------------------------------------------------------
 
 
