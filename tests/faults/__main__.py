@@ -32,6 +32,7 @@ def experiments() -> dict[str, list[Experiment]]:
         "10": [partial(campaign.inputs_change, trials=200)],
         "12": [partial(campaign.rivals, trials=100, overwrite=way) for way in both],
         "13": [*(partial(campaign.signals, trials=200, overwrite=way) for way in both),
+               *(partial(campaign.signals_at_places, trials=None, overwrite=way) for way in both),
                partial(campaign.surroundings, trials=36)],
         "17": [partial(campaign.bit_rot, trials=1000)],
     }  # fmt: skip

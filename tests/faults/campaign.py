@@ -200,6 +200,26 @@ def signals(place: Scene, trials: int, overwrite: bool) -> Result:
     return result
 
 
+def signals_at_places(place: Scene, trials: int | None, overwrite: bool) -> Result:
+    """13: SIGTERM at each place at which it can interrupt what guards the work folder; all, or a sample."""
+    result, luck = Result(f"13 SIGTERM at every place, {_way(overwrite)}"), random.Random(14)
+    more = ["--overwrite"] if overwrite else []
+    count = place.folder / "count"
+    with place.trial(overwrite=overwrite) as out:
+        assert place.server.run(*place.arguments(out, *more), signal={"nth": -1}, result=str(count)) == 0
+    total = int(count.read_text())
+    for nth in range(total) if trials is None else luck.sample(range(total), trials):
+        with place.trial(overwrite=overwrite) as out:
+            code = place.server.run(*place.arguments(out, *more), signal={"nth": nth})
+            what = f"place {nth}, exit code {code}"
+            result.counts[f"exit code {code}"] += 1
+            result.judge(place, out, overwrite, None, what)
+            left = set(os.listdir(out.parent)) - {out.name}
+            if left or code not in (0, 128 + signal.SIGTERM):  # 0: there were fewer places, as threads had it
+                result.problems.append(f"{what}: {left} was left")
+    return result
+
+
 def rivals(place: Scene, trials: int, overwrite: bool) -> Result:
     """12: several processes write one destination: one wins, the others exit 3 (or 2: it is there already)."""
     result, luck = Result(f"12 parallel runs, {_way(overwrite)}"), random.Random(12)

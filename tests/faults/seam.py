@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.faults.points import Interrupting
 from tests.faults.power import Recorder
 
 #: What an operation is called -> the functions of ``os`` that do it.
@@ -24,7 +25,7 @@ OPERATIONS = {
 }  # fmt: skip
 
 
-def arm(job: Mapping[str, Any]) -> Failing | Recorder | None:
+def arm(job: Mapping[str, Any]) -> Failing | Recorder | Interrupting | None:
     """Install the faults that a job asks for; what counts or records is returned, to be saved after the run."""
     if "kill" in job:
         _install_kill(**job["kill"])
@@ -38,6 +39,8 @@ def arm(job: Mapping[str, Any]) -> Failing | Recorder | None:
         _arm_shim(**job["shim"])
     if "record" in job:
         return Recorder(job["record"]).install()
+    if "signal" in job:
+        return Interrupting(**job["signal"]).install()
     return Failing(**job["fail"]).install() if "fail" in job else None
 
 

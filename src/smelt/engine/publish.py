@@ -77,9 +77,15 @@ def claim(out: Path) -> Iterator[Path]:
             )
         yield work
     finally:
-        if lock is not None:
+        try:
             with storage.uninterrupted():
+                if lock is not None:
+                    storage.unlock_folder(work, lock)
+                lock = None
+        except BaseException:
+            if lock is not None:  # the signal came before signals were held off
                 storage.unlock_folder(work, lock)
+            raise
 
 
 def _owner(work: Path) -> str:
