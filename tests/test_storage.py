@@ -276,3 +276,12 @@ def test_caches_are_written_once_and_whole(tmp_path: Path) -> None:
     storage.write_atomically(tmp_path / "file", b"second")
     assert (tmp_path / "file").read_bytes() == b"first"
     assert storage.listdir(tmp_path) == ["file"]
+
+
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "scandir", failing(errno.EIO))
+    for look in (storage.files_below, storage.allocated):
+        with pytest.raises(smelt.OperationFailed, match="Input/output error"):
+            look(tmp_path)

@@ -328,8 +328,17 @@ def files_below(folder: Path) -> list[str]:
     """All files in a folder and those below it, by their paths from it on, sorted."""
     with _told("list", folder):
         return sorted(
-            os.path.relpath(os.path.join(home, name), folder) for home, _, names in os.walk(folder) for name in names
+            os.path.relpath(os.path.join(home, name), folder) for home, names in _walked(folder) for name in names
         )
+
+
+def _walked(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """A folder and all below it, each with its files. Raises OSError, which ``os.walk`` alone would pass over."""
+
+    def told(error: OSError) -> None:
+        raise error
+
+    return ((home, names) for home, _, names in os.walk(folder, onerror=told))
 
 
 def lock_folder(folder: Path, note: bytes) -> int | None:
@@ -540,6 +549,20 @@ def read_start(path: Path, size: int) -> bytes:
         os.close(descriptor)
 
 
+def pieces(path: Path, size: int = 1 << 20) -> Iterator[memoryview]:
+    """The bytes of a regular file from its first to its last, a piece at a time; each is gone when the next is read."""
+    descriptor = open_read(path)
+    try:
+        held = memoryview(bytearray(size))
+        total = os.fstat(descriptor).st_size
+        for offset in range(0, total, size):
+            piece = held[: total - offset]
+            pread_into(descriptor, piece, offset, path)
+            yield piece
+    finally:
+        close(descriptor)
+
+
 def write_small(path: Path, data: bytes) -> None:
     """Create, write and sync one small file."""
     descriptor = create(path)
@@ -593,7 +616,7 @@ def remove_file(path: Path) -> None:
 def allocated(folder: Path) -> int:
     """Bytes of disk that a folder and all in it take; 0 where it is absent."""
     with _told("look at", folder), contextlib.suppress(FileNotFoundError):
-        found = [os.lstat(os.path.join(home, name)) for home, _, names in os.walk(folder) for name in names]
+        found = [os.lstat(os.path.join(home, name)) for home, names in _walked(folder) for name in names]
         return sum(facts.st_blocks * 512 for facts in found)
     return 0
 
