@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -106,6 +108,15 @@ def unpacked_q8_0(raw: bytes) -> Any:
     blocks = np.frombuffer(raw, np.uint8).reshape(-1, 34)
     scale = np.ascontiguousarray(blocks[:, :2]).view(np.float16).astype(np.float32)
     return (scale * np.ascontiguousarray(blocks[:, 2:]).view(np.int8)).reshape(-1)
+
+
+def complete(model: str, folder: Path) -> str:
+    """A copy of a model that can be written as GGUF: its config says more, and its words are no tokenizer."""
+    shutil.copytree(model, folder)
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 2048}))
+    return str(folder)
 
 
 def save_llama(path: Path, arrays: Arrays, *, quantised: bool, metadata: Mapping[str, Any] = LLAMA) -> str:

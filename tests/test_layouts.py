@@ -119,6 +119,12 @@ def test_a_pipeline_is_merged_part_by_part(tmp_path: Path) -> None:
         assert (out / file).read_bytes() == (models[0] / file).read_bytes(), file
     assert "library_name: diffusers" in (out / "README.md").read_text()
     assert smelt.verify(out).ok
+    for file in (name for name in files_of(out) if name.endswith(".safetensors")):
+        whole = (out / file).read_bytes()
+        spare = whole.index(b"}}") + 2  # between the header's end and the data lie spaces, which nobody reads
+        (out / file).write_bytes(whole[:spare] + whole[spare:].replace(b" ", b"\n", 1))
+        assert smelt.verify(out).problems == [f"the header of {file!r} differs from what smelt has written"]
+        (out / file).write_bytes(whole)
     (out / "scheduler" / "scheduler_config.json").write_text("{}")
     assert smelt.verify(out).problems == ["file 'scheduler/scheduler_config.json' differs from the manifest"]
 

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 import smelt
 from smelt.checkpoint.memory import MemoryCheckpoint
 from smelt.checkpoint.quantised import dequantised
+from smelt.errors import InputRejected
 from tests.commands import refused_merge
 from tests.lora import factors
 from tests.readback import stored as published

@@ -17,6 +17,7 @@ from smelt.engine import journal, leftovers, remove_leftovers
 from smelt.engine.publish import claim
 from smelt.errors import OperationFailed, UsageError
 from tests.faults.checker import files_of
+from tests.gguf_files import complete
 from tests.recipes import Family, recipe
 from tests.small_models import save
 
@@ -71,6 +72,19 @@ def test_what_is_finished_is_not_made_again(tree: Any, whole: dict[str, bytes], 
     assert any(f"{left.tensors} of 21 tensors were there" in warning for warning in artifact.warnings)
     assert files_of(out) == whole
     assert sorted(os.listdir(tmp_path)) == ["out", "whole"]
+
+
+@pytest.mark.parametrize("packing", ["q8_0", "bfloat16"])
+def test_a_gguf_file_is_continued_too(packing: str, tree: Any, family: Family, tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    base = complete(family.base, tmp_path / "whole" / "base")
+    tree = {**tree, "base_model": base, "output": {"format": "gguf", "dtype": packing}}
+    whole = files_of(smelt.merge(tree, tmp_path / "whole" / "out").path)
+    stopped(tree, tmp_path / "out")
+    (left,) = leftovers([tmp_path])
+    assert 0 < left.tensors < 21
+    assert continued(smelt.merge(tree, tmp_path / "out"))
+    assert files_of(tmp_path / "out") == whole
 
 
 def test_only_the_same_plan_continues(tree: Any, family: Family, tmp_path: Path) -> None:

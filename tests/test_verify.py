@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import smelt
 from smelt.errors import InputRejected
+from tests.gguf_files import complete
 from tests.recipes import Family, recipe
 
 MANIFEST = "smelt-manifest.json"
@@ -78,6 +79,19 @@ def test_a_flipped_bit_anywhere_in_a_header_is_found(folder: Path) -> None:
         flip(shard, offset)
         assert any(shard.name in problem for problem in problems(folder)), offset
         flip(shard, offset)
+
+
+def test_a_flipped_bit_anywhere_in_a_gguf_file_is_found(family: Family, tmp_path: Path) -> None:
+    """In its metadata, between tensors, and in blocks that would read alike."""
+    models = [complete(model, tmp_path / str(number)) for number, model in enumerate(family.models)]
+    tree = {**recipe("linear", models), "output": {"format": "gguf", "dtype": "q8_0"}}
+    out = smelt.merge(tree, tmp_path / "out").path
+    assert smelt.verify(out).ok
+    size = (out / "model.gguf").stat().st_size
+    for offset in (*range(0, 4000, 37), *range(4000, size, size // 200), size - 1):
+        flip(out / "model.gguf", offset)
+        assert any("model.gguf" in problem for problem in problems(out)), offset
+        flip(out / "model.gguf", offset)
 
 
 @pytest.mark.parametrize("name", ["README.md", "config.json", "tokenizer.json"])

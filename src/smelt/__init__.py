@@ -32,9 +32,12 @@ if TYPE_CHECKING:
         Soup,
         choose_lambdas,
         greedy_soup,
+        leftovers,
         merge,
         merge_tensors,
         plan,
+        remove_leftovers,
+        reproduce,
         restore_task,
         verify,
     )
@@ -44,15 +47,16 @@ if TYPE_CHECKING:
 __all__ = [
     "Artifact", "Checkpoint", "InputRejected", "MissingExtra", "OperationFailed", "Plan", "SmeltError", "Soup",
     "UsageError", "__version__", "check", "choose_lambdas", "convert", "extract_delta", "extract_lora", "greedy_soup",
-    "load", "merge", "merge_lora", "merge_tensors", "methods", "plan", "restore_task", "stack",
-    "transplant_tokenizer", "verify",
+    "leftovers", "load", "merge", "merge_lora", "merge_tensors", "methods", "plan", "remove_leftovers", "reproduce",
+    "restore_task", "stack", "transplant_tokenizer", "verify",
 ]  # fmt: skip
 
 _HOMES = {
     "Artifact": "engine", "Checkpoint": "checkpoint", "Plan": "engine", "Soup": "engine", "check": "diagnosis",
     "choose_lambdas": "engine", "convert": "conversion", "extract_delta": "adapters", "extract_lora": "adapters",
-    "greedy_soup": "engine", "load": "checkpoint", "merge": "engine", "merge_lora": "adapters",
-    "merge_tensors": "engine", "plan": "engine", "restore_task": "engine", "stack": "stacking",
+    "greedy_soup": "engine", "leftovers": "engine", "load": "checkpoint", "merge": "engine", "merge_lora": "adapters",
+    "merge_tensors": "engine", "plan": "engine", "remove_leftovers": "engine", "reproduce": "engine",
+    "restore_task": "engine", "stack": "stacking",
     "transplant_tokenizer": "transplant", "verify": "engine",
 }  # fmt: skip
 

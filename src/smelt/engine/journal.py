@@ -22,7 +22,7 @@ from .statistics import FactoredOperand
 NAME = "journal"
 
 #: After so many bytes of finished tensors the disk is waited for.
-INTERVAL = 1 << 30
+INTERVAL = 256 << 20
 
 _LARGEST = 1 << 30
 

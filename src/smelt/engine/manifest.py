@@ -61,10 +61,21 @@ def manifest(
 
 
 def sums_of(folder: Path, files: Mapping[str, bytes]) -> dict[str, str]:
-    """SHA-256 of the side files, and of the indices of weight files that ``folder`` has."""
-    indices = [name for name in storage.files_below(folder) if name.endswith(".safetensors.index.json")]
-    beside = {name: storage.read_small(folder / name, 1 << 28) for name in indices}
-    return {name: hashlib.sha256(data).hexdigest() for name, data in {**files, **beside}.items()}
+    """SHA-256 of the side files, and of the indices of weight files and the GGUF file that ``folder`` has.
+
+    Headers of safetensors follow from the tensors. That of GGUF says more, and blocks that differ can read alike.
+    """
+    beside = [name for name in storage.files_below(folder) if name.endswith((".safetensors.index.json", ".gguf"))]
+    sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    return sums | {name: sum_of(folder / name) for name in beside}
+
+
+def sum_of(path: Path) -> str:
+    """SHA-256 of a file of any size, read piece by piece."""
+    digest = hashlib.sha256()
+    for piece in storage.pieces(path):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def dump(content: Mapping[str, Any]) -> bytes:

@@ -31,7 +31,7 @@ from .packing import PackingSink
 from .planning import Plan, RecipeLike, make_plan
 from .progress import Progress, Silent
 from .publish import check_destination, check_space, claim, staging, work_folder, write_files
-from .sink import DiskSink, write_tensors, write_through
+from .sink import DiskSink, write_gguf_tensors, write_tensors
 from .stages import fingerprint, home_of, local_paths, plan_stages, stages_of, workplace
 from .views import alike
 from .whole import read_whole
@@ -213,9 +213,7 @@ def _write_weights(
 
         try:
             if plan.gguf is not None:
-                from ..checkpoint.gguf import GgufWriter
-
-                return write_through(GgufWriter(folder, plan.gguf), plan.gguf.tensors, fill)
+                return write_gguf_tensors(folder, plan.gguf, fill, journal)
             return write_tensors(folder, plan_shards(plan.stored(), plan.shard_size, parts=parts), fill, journal)
         finally:
             progress.finish()

@@ -62,7 +62,7 @@ class OrderedDigest:
 
 
 if TYPE_CHECKING:
-    from ..checkpoint.gguf import GgufWriter
+    from ..checkpoint.gguf import GgufLayout, GgufWriter
 
     Writer = CheckpointWriter | GgufWriter
 
@@ -89,7 +89,7 @@ class DiskSink:
         """Called by one thread alone."""
         if self._journal is not None:
             self._journal.add(name, self._digests[name].hexdigest(), self._sizes[name])
-            if self._journal.is_due and isinstance(self._writer, CheckpointWriter):
+            if self._journal.is_due:
                 self._journal.commit(self._writer.sync)
 
     def sha256(self) -> dict[str, str]:
@@ -106,25 +106,34 @@ def write_tensors(
     Returns name -> dtype, shape, file, sha256.
     """
     tensors = [info for shard in shards for info in shard.tensors]
-    if journal is None:
-        return write_through(CheckpointWriter(folder, shards), tensors, fill)
-    _remove_others(folder, {shard.file for shard in shards})
-    return write_through(CheckpointWriter(folder, shards, again=True), tensors, fill, journal)
+    if journal is not None:
+        _remove_others(folder, {shard.file for shard in shards})
+    return _write_through(CheckpointWriter(folder, shards, again=journal is not None), tensors, fill, journal)
 
 
-def write_through(
-    writer: Writer, tensors: Sequence[TensorInfo], fill: Callable[[DiskSink], None], journal: Journal | None = None
+def write_gguf_tensors(
+    folder: Path, layout: GgufLayout, fill: Callable[[DiskSink], None], journal: Journal
 ) -> dict[str, dict[str, Any]]:
-    """The same with a writer that has been opened; it is closed in any case. Only safetensors have a journal."""
+    """The same for one GGUF file."""
+    from ..checkpoint.gguf import GgufWriter
+
+    _remove_others(folder, {layout.file})
+    return _write_through(GgufWriter(folder, layout, again=True), layout.tensors, fill, journal)
+
+
+def _write_through(
+    writer: Writer, tensors: Sequence[TensorInfo], fill: Callable[[DiskSink], None], journal: Journal | None
+) -> dict[str, dict[str, Any]]:
+    """With a writer that has been opened; it is closed in any case."""
     try:
         done: dict[str, str] = {}
-        if journal is not None and isinstance(writer, CheckpointWriter):
+        if journal is not None:
             done = _intact(writer, tensors, journal.finished)
             for name in done:
                 writer.skip(name)
         sink = DiskSink(writer, tensors, journal, done)
         fill(sink)
-        if journal is not None and isinstance(writer, CheckpointWriter):
+        if journal is not None:
             journal.commit(writer.sync)
         writer.finish()
     finally:
@@ -142,7 +151,7 @@ def _remove_others(folder: Path, wanted: set[str]) -> None:
         storage.remove_file(folder / name)
 
 
-def _intact(writer: CheckpointWriter, tensors: Sequence[TensorInfo], finished: Mapping[str, str]) -> dict[str, str]:
+def _intact(writer: Writer, tensors: Sequence[TensorInfo], finished: Mapping[str, str]) -> dict[str, str]:
     """Those of the finished tensors whose bytes are still what the journal says."""
     candidates = [info for info in tensors if info.name in finished]
     with ThreadPoolExecutor(usable_cores(), thread_name_prefix="smelt") as pool:

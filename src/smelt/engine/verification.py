@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import storage
-from ..checkpoint import ADAPTER, Checkpoint, TensorInfo, load, load_adapter, plan_file
+from ..checkpoint import ADAPTER, Checkpoint, Part, TensorInfo, load, load_adapter, plan_file
 from ..errors import InputRejected, show
-from .manifest import FORMAT, NAME
+from .manifest import FORMAT, NAME, sum_of
 from .progress import Progress, Silent
 from .sink import sha256_of
 
@@ -77,7 +76,7 @@ def _verify_files(folder: Path, wanted: Mapping[str, str], found: Verification) 
     found.problems += [f"file {show(name)} is not in the manifest" for name in sorted(present - weights - set(wanted))]
     for name in sorted(set(wanted) & present):
         found.files += 1
-        if hashlib.sha256(storage.read_small(folder / name, 1 << 33)).hexdigest() != wanted[name]:
+        if sum_of(folder / name) != wanted[name]:
             found.problems.append(f"file {show(name)} differs from the manifest")
 
 
@@ -97,11 +96,18 @@ def _verify_tensors(folder: Path, wanted: Mapping[str, Any], found: Verification
 def _changed_headers(folder: Path, tensors: Mapping[str, Any]) -> Iterator[str]:
     """Weight files whose header reads well, but is not that which smelt writes for these tensors."""
     files = {str(tensor.get("file")) for tensor in tensors.values()}
-    for file in sorted(name for name in files if name.endswith(".safetensors") and "/" not in name):
-        entries = [(name, tensor) for name, tensor in tensors.items() if tensor.get("file") == file]
-        wanted = plan_file(file, [TensorInfo(name, t["dtype"], tuple(t["shape"])) for name, t in entries]).header
+    for file in sorted(name for name in files if name.endswith(".safetensors")):
+        wanted = plan_file(file, list(_named_in(file, tensors))).header
         if storage.read_start(folder / file, len(wanted)) != wanted:
             yield f"the header of {show(file)} differs from what smelt has written"
+
+
+def _named_in(file: str, tensors: Mapping[str, Any]) -> Iterator[TensorInfo]:
+    """The tensors of a file under the names that its header has: those of a part lack their folder's."""
+    prefix = Part(file.rpartition("/")[0]).prefix
+    for name, tensor in tensors.items():
+        if tensor.get("file") == file:
+            yield TensorInfo(name.removeprefix(prefix), tensor["dtype"], tuple(tensor["shape"]))
 
 
 def _difference(checkpoint: Checkpoint, name: str, wanted: Mapping[str, Any], progress: Progress) -> list[str]:

@@ -27,17 +27,17 @@ _PART = 1 << 19
 class GgufWriter:
     """Writes tensors piece by piece at their final places. Thread-safe.
 
-    The file must not exist yet. It is whole once :meth:`finish` has returned; :meth:`abort` lets go of it in any
-    state, and does nothing after that.
+    The file must not exist yet, unless ``again``: then what an earlier run left of it is taken up. It is whole once
+    :meth:`finish` has returned; :meth:`abort` lets go of it in any state, and does nothing after that.
     """
 
-    def __init__(self, folder: Path, layout: GgufLayout) -> None:
+    def __init__(self, folder: Path, layout: GgufLayout, *, again: bool = False) -> None:
         self._path = folder / layout.file
         self._infos = {info.name: info for info in layout.tensors}
         self._places = layout.placements
         self._missing = sum(info.count for info in layout.tensors)
         self._lock = threading.Lock()
-        self._descriptor = storage.create(self._path, layout.size)
+        self._descriptor = (storage.reopen if again else storage.create)(self._path, layout.size)
         try:
             for offset, data in {0: layout.header, **layout.fixed}.items():
                 storage.pwrite_all(self._descriptor, memoryview(data), offset, self._path)
@@ -62,6 +62,26 @@ class GgufWriter:
         with self._lock:
             self._missing -= len(array)
         return read
+
+    def read(self, name: str, start: int, out: npt.NDArray[Any]) -> None:
+        """Fill ``out`` (storage type) with the elements from ``start`` on, as a reader finds them now: whole blocks."""
+        place = self._places[name]
+        data = np.empty(bytes_of(place.kind, len(out)), np.uint8)
+        for first, last, at in _runs(place, start, len(out)):
+            begin, end = (bytes_of(place.kind, edge) for edge in (first, last))
+            offset = place.offset + bytes_of(place.kind, at)
+            storage.pread_into(self._descriptor, data[begin:end].data, offset, self._path)
+        _decode(place, data, out)
+
+    def skip(self, name: str) -> None:
+        """All of this tensor is there already."""
+        with self._lock:
+            self._missing -= self._infos[name].count
+
+    def sync(self) -> None:
+        """Wait until all that was written so far is on the disk, and so is the file's name."""
+        storage.fsync(self._descriptor, self._path)
+        storage.fsync_directory(self._path.parent)
 
     def finish(self) -> None:
         """Wait until all is on the disk, and close."""
@@ -91,6 +111,16 @@ def _encoded(place: Placement, array: npt.NDArray[Any], name: str) -> tuple[memo
         stored = array + np.float32(1)
         return _bytes(stored), stored - np.float32(1)
     return _bytes(array), array
+
+
+def _decode(place: Placement, data: npt.NDArray[np.uint8], out: npt.NDArray[Any]) -> None:
+    """What a reader makes of stored bytes."""
+    if place.kind in BLOCK_TYPES:
+        unpack(place.kind, data, out)
+        return
+    out[:] = data.view(out.dtype)
+    if place.shifted:
+        out -= np.float32(1)
 
 
 def _bytes(array: npt.NDArray[Any]) -> memoryview:
