@@ -1,4 +1,4 @@
-"""Mutated headers, indices, manifests and recipes: refused with an error that was meant, or read as others read them.
+"""Mutated files of every kind that is read: refused with an error that was meant, or read as others read them.
 
 ``python -m tests.fuzz RUNS [SEED]`` runs each target so often, from the corpus of bad inputs and a few good ones.
 A header that smelt accepts must be accepted by the reference implementation, too.
@@ -6,6 +6,7 @@ A header that smelt accepts must be accepted by the reference implementation, to
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import sys
@@ -15,12 +16,15 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import safetensors
 
 import smelt
+from smelt.checkpoint.adapter import read_adapter
 from smelt.engine.verification import read_manifest
 from smelt.errors import SmeltError
 from smelt.recipe import parse
+from tests import adapter_attacks, gguf_attacks, pickle_attacks, quantised_attacks
 from tests.attacks import ATTACKS, FILE, INDEX, ONE, PAIR, TWO, good, put
 
 #: No input may take longer, in seconds.
@@ -80,6 +84,70 @@ def recipe(content: bytes, folder: Path) -> str:
     return "accepted"
 
 
+def gguf(content: bytes, folder: Path) -> str:
+    return everything(smelt.load(put(folder, content, "m.gguf")))
+
+
+def pickle(content: bytes, folder: Path) -> str:
+    return everything(smelt.load(put(folder, content, "m.pt"), allow_pickle=True))
+
+
+def adapter(content: bytes, folder: Path) -> str:
+    """Its config, beside factors of one module."""
+    adapter_attacks.put(folder, adapter_attacks.FACTORS, {})
+    put(folder, content, "adapter_config.json")
+    with read_adapter(folder).file:
+        return "accepted"
+
+
+def quantised(content: bytes, folder: Path) -> str:
+    """The config of a checkpoint whose tensors are of the scheme that it names."""
+    stored = next((stored for name, (stored, _) in SCHEMES.items() if name in content), {})
+    quantised_attacks.written(folder, stored, {})
+    put(folder, content, "config.json")
+    return everything(smelt.load(folder))
+
+
+def state(content: bytes, folder: Path) -> str:
+    """What bitsandbytes says of a tensor, in a tensor."""
+    stored = quantised_attacks.nf4()
+    stored[next(name for name in stored if "quant_state" in name)] = np.frombuffer(content, np.uint8)
+    return everything(smelt.load(quantised_attacks.written(folder, stored, quantised_attacks.NF4)))
+
+
+def everything(checkpoint: smelt.Checkpoint) -> str:
+    """Read all of it."""
+    with checkpoint:
+        for name in checkpoint:
+            checkpoint[name]
+    return "accepted"
+
+
+SCHEMES = {
+    b"fp8": (quantised_attacks.fp8(), quantised_attacks.BLOCK),
+    b"gptq": (quantised_attacks.gptq(), quantised_attacks.GPTQ),
+    b"compressed": (quantised_attacks.packed(), quantised_attacks.PACKED),
+    b"mxfp4": (quantised_attacks.EXPERTS, quantised_attacks.MXFP4),
+    b"bitsandbytes": (quantised_attacks.nf4(), quantised_attacks.NF4),
+}
+ADAPTERS = [
+    {**adapter_attacks.CONFIG, "rank_pattern": {"layers.0.q": 2}, "alpha_pattern": {".*q": 8}, "use_rslora": True},
+    {**adapter_attacks.CONFIG, "target_modules": ["q"], "modules_to_save": None, "bias": "none", "use_dora": False},
+]
+
+
+def formats() -> dict[Callable[[bytes, Path], str], list[bytes]]:
+    """The same for other formats than safetensors."""
+    bits = next(array for name, array in quantised_attacks.nf4().items() if "quant_state" in name)
+    return {
+        gguf: [gguf_attacks.file()] * 20 + [content for content, _ in gguf_attacks.BAD.values()],
+        pickle: [pickle_attacks.plain()],
+        adapter: [json.dumps(config).encode() for config in ADAPTERS],
+        quantised: [json.dumps({"quantization_config": config}).encode() for _, config in SCHEMES.values()],
+        state: [bits.tobytes()],
+    }
+
+
 def corpus(folder: Path) -> dict[Callable[[bytes, Path], str], list[bytes]]:
     """The targets with what is mutated for each: small files of the bad inputs, and good ones."""
     found: dict[str, list[bytes]] = {FILE: [good("a"), good("a", "b", "c")], INDEX: []}
@@ -95,7 +163,8 @@ def corpus(folder: Path) -> dict[Callable[[bytes, Path], str], list[bytes]]:
     told = {"format": 1, "tensors": {"a": {"dtype": "F32", "shape": [2], "sha256": "0"}}, "files": {"b": "1"}}
     found[FILE] += found[FILE][:2] * 50  # changes of good files find what is accepted wrongly
     found[INDEX] += found[INDEX][-1:] * 20
-    return {header: found[FILE], index: found[INDEX], manifest: [json.dumps(told).encode()], recipe: RECIPES}
+    return {header: found[FILE], index: found[INDEX], manifest: [json.dumps(told).encode()], recipe: RECIPES,
+            **formats()}  # fmt: skip
 
 
 def fuzz(runs: int, seed: int, folder: Path) -> tuple[Counter[str], list[str]]:
@@ -107,6 +176,8 @@ def fuzz(runs: int, seed: int, folder: Path) -> tuple[Counter[str], list[str]]:
         for stale in (FILE, INDEX):
             (folder / stale).unlink(missing_ok=True)
         home = folder if target is index else Path(tempfile.mkdtemp(dir=folder))
+        with contextlib.suppress(SmeltError):
+            target(seeds[0], home)  # what is compiled is not timed
         for _ in range(runs):
             content = mutated(luck.choice(seeds), luck)
             began = time.monotonic()

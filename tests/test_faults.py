@@ -23,6 +23,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
 BOTH_WAYS: list[tuple[Callable[..., Result], int]] = [
     (campaign.kills_at_random, 5), (campaign.kills_at_points, 1), (campaign.operations_fail, 15),
     (campaign.syncs_fail, 2), (campaign.power_fails, 15), (campaign.rivals, 2), (campaign.signals, 5),
+    (campaign.signals_at_places, 5),
 ]  # fmt: skip
 ONE_WAY: list[tuple[Callable[..., Result], int]] = [
     (campaign.short_transfers, 5), (campaign.full_disk, 2), (campaign.inputs_change, 10), (campaign.surroundings, 6),

@@ -6,11 +6,14 @@ what is compared is the logic, ties and cancellations included, and one rounding
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import ml_dtypes
 import numpy as np
@@ -20,9 +23,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import smelt
+from smelt.engine import journal
+from smelt.errors import OperationFailed
+from tests.faults.checker import files_of
 from tests.readback import nothing_left, stored
 from tests.recipes import recipe, save_shards
 from tests.small_models import Arrays, save
+from tests.test_resume import Stopping
 
 TYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
 
@@ -54,6 +61,7 @@ class Zoo:
     keys: dict[str, Any]
     threads: int
     shard_size: int
+    stop: int  # bytes after which a run is stopped, to be continued
 
 
 @st.composite
@@ -77,6 +85,7 @@ def zoos(draw: st.DrawFn, method: str) -> Zoo:
         keys=keys,
         threads=draw(st.sampled_from([1, 2, 4])),
         shard_size=draw(st.sampled_from([1, 100, 10**9])),
+        stop=draw(st.integers(0, 5000)),
     )
 
 
@@ -145,7 +154,7 @@ def write(folder: Path, arrays: Arrays, parts: int) -> str:
 
 
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "passthrough"])
-@settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=int(os.environ.get("SMELT_EXAMPLES", "20")), suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_any_merge_is_what_the_formula_says(method: str, data: st.DataObject) -> None:
     zoo = data.draw(zoos(method))
@@ -161,8 +170,19 @@ def test_any_merge_is_what_the_formula_says(method: str, data: st.DataObject) ->
             smelt.merge(tree, out, **options)
             compare(zoo, out)
             assert smelt.verify(out).ok
+            assert files_of(continued(zoo, tree, folder / "again", options)) == files_of(out)
     finally:
         shutil.rmtree(folder)
+
+
+def continued(zoo: Zoo, tree: dict[str, Any], home: Path, options: dict[str, Any]) -> Path:
+    """The same merge, stopped somewhere, with other threads then."""
+    home.mkdir()
+    with mock.patch.object(journal, "INTERVAL", 1):
+        with contextlib.suppress(OperationFailed):
+            smelt.merge(tree, home / "out", progress=Stopping(zoo.stop), resume=True, **options)
+            shutil.rmtree(home / "out")
+        return smelt.merge(tree, home / "out", **{**options, "threads": 5 - zoo.threads}).path
 
 
 def impossible(zoo: Zoo) -> bool:
