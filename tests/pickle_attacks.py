@@ -112,7 +112,7 @@ ARCHIVES: dict[str, tuple[Callable[[], bytes], str]] = {
     "H131-overlapping": (overlapping, "overlap, or something lies between"),
     "H131-another-name-inside": (lambda: patched(b"archive/data/0", b"archive/data/1"), "not where the directory"),
     "H131-directory-elsewhere": (lambda: plain()[:-6] + b"\xf0\0\0\0\0\0", "not where it should be"),
-    "H132-legacy": (lambda: b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." * 50, "does not end as a zip archive"),
+    "H132-legacy": (lambda: b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." * 50, "is of the format of torch before 1.6"),
     "H132-tar": (lambda: b"storages\0" + bytes(1015), "does not end as a zip archive"),
     "H133-gzip": (lambda: b"\x1f\x8b\x08" + bytes(100), "does not end as a zip archive"),
     "H133-7z": (lambda: b"7z\xbc\xaf\x27\x1c" + bytes(100), "does not end as a zip archive"),
