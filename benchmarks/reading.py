@@ -14,8 +14,9 @@ from time import strftime
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks import dequantise, report
+from benchmarks import report
 from benchmarks.entrants import versions
+from benchmarks.quantised import COLUMNS, ROWS, cases
 from benchmarks.records import Reading, Session, command_line, machine
 from benchmarks.shapes import bench_dir
 from smelt.checkpoint import Checkpoint, load_adapted
@@ -24,12 +25,11 @@ from smelt.checkpoint.memory import MemoryCheckpoint
 from smelt.checkpoint.quantised import dequantised
 from smelt.engine.tiles import TILE
 from smelt.kernels.blocks import BLOCK_TYPES, unpack
-
-ROWS, COLUMNS = dequantise.ROWS, dequantise.COLUMNS
+from smelt.kernels.dtypes import DTYPES
 
 
 def quantised() -> Iterator[Reading]:
-    for label, (stored, settings) in dequantise.cases().items():
+    for label, (stored, settings) in cases().items():
         checkpoint = MemoryCheckpoint(stored, label)
         checkpoint.config = {"quantization_config": settings}
         (name,) = dequantised(checkpoint).tensors
@@ -38,9 +38,19 @@ def quantised() -> Iterator[Reading]:
 
 def _reading(label: str, checkpoints: list[Checkpoint], name: str) -> Reading:
     """``checkpoints`` are alike; each is read once, so that none has kept anything."""
-    best = min(dequantise.seconds(checkpoint, name) for checkpoint in checkpoints)
+    best = min(_seconds(checkpoint, name) for checkpoint in checkpoints)
     info = checkpoints[0].tensors[name]
     return Reading(label, info.dtype, info.nbytes / best / 1e9)
+
+
+def _seconds(checkpoint: Checkpoint, name: str) -> float:
+    """To read a tensor once, tile by tile."""
+    info = checkpoint.tensors[name]
+    out = np.empty(TILE, DTYPES[info.dtype].storage)
+    begin = time.perf_counter()
+    for start in range(0, info.count, TILE):
+        checkpoint.read(name, start, out[: info.count - start])
+    return time.perf_counter() - begin
 
 
 def gguf() -> Iterator[Reading]:

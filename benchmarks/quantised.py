@@ -1,20 +1,11 @@
-"""How fast quantised weights are read: python -m benchmarks.dequantise
-
-One matrix of each scheme lies in memory and is read in tiles by one thread. Prints GB of dequantised output per
-second, the best of five readings.
-"""
+"""Matrices of every scheme of quantisation, random and large, for ``benchmarks.reading``."""
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
 
-from smelt.checkpoint import Checkpoint
-from smelt.checkpoint.memory import MemoryCheckpoint
-from smelt.checkpoint.quantised import dequantised
-from smelt.engine.tiles import TILE
 from smelt.kernels.dtypes import DTYPES
 
 ROWS, COLUMNS = 4096, 14336
@@ -101,26 +92,3 @@ def cases() -> dict[str, Case]:
         "INT8, bitsandbytes": (eight, {"quant_method": "bitsandbytes"}),
         "MXFP4, gpt-oss experts": (experts, {"quant_method": "mxfp4"}), "MXFP4": _fp4(32), "NVFP4": _fp4(16),
     }  # fmt: skip
-
-
-def seconds(checkpoint: Checkpoint, name: str) -> float:
-    """To read a tensor once, tile by tile."""
-    info = checkpoint.tensors[name]
-    out = np.empty(TILE, DTYPES[info.dtype].storage)
-    begin = time.perf_counter()
-    for start in range(0, info.count, TILE):
-        checkpoint.read(name, start, out[: info.count - start])
-    return time.perf_counter() - begin
-
-
-def main() -> None:
-    for label, (stored, settings) in cases().items():
-        checkpoint = MemoryCheckpoint(stored, label)
-        checkpoint.config = {"quantization_config": settings}
-        (info,) = dequantised(checkpoint).tensors.values()
-        best = min(seconds(dequantised(checkpoint), info.name) for _ in range(5))
-        print(f"{label:30} {info.dtype:5} {info.nbytes / best / 1e9:5.2f} GB/s")
-
-
-if __name__ == "__main__":
-    main()
