@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -181,3 +181,29 @@ class Checkpoint(ABC, Mapping[str, npt.NDArray[Any]]):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+class OpenFile(Protocol):
+    """A file that tensors are read from."""
+
+    @property
+    def identity(self) -> FileIdentity: ...
+    def check_unchanged(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class OpenFiles(Checkpoint):
+    """A checkpoint that holds its files open, by name."""
+
+    _files: Mapping[str, OpenFile]
+
+    def check_unchanged(self) -> None:
+        for file in self._files.values():
+            file.check_unchanged()
+
+    def files(self) -> list[FileIdentity]:
+        return [self._files[name].identity for name in sorted(self._files)]
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()

@@ -11,8 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import InputRejected, show
-from ..storage import FileIdentity
-from .base import Checkpoint, Part, TensorInfo
+from .base import OpenFiles, Part, TensorInfo
 from .place import Place, Target, target
 from .safetensors import MAX_TENSORS, SafetensorsFile
 from .selection import NUMBERED, PICKLED, WeightMap, adapter_file, choose, read_index, refuse_other_formats, stem_of
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     _File = SafetensorsFile | PickledFile
 
 
-class FolderCheckpoint(Checkpoint):
+class FolderCheckpoint(OpenFiles):
     """Weight files of one folder, opened once and read by position.
 
     ``source`` is a folder, an index in it, or one file, as a path or as a place and the name of a file in it; with
@@ -107,17 +106,6 @@ class FolderCheckpoint(Checkpoint):
     def read_runs(self, name: str, starts: npt.NDArray[np.int64], out: npt.NDArray[Any]) -> None:
         info = self.tensors[name]
         self._files[info.file].read_runs(info, starts, out)
-
-    def check_unchanged(self) -> None:
-        for file in self._files.values():
-            file.check_unchanged()
-
-    def files(self) -> list[FileIdentity]:
-        return [self._files[name].identity for name in sorted(self._files)]
-
-    def close(self) -> None:
-        for file in self._files.values():
-            file.close()
 
 
 def _locate(place: Place, file: str | None, pickled: bool) -> tuple[Sequence[str], WeightMap | None]:

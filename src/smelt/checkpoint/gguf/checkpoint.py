@@ -13,8 +13,7 @@ import numpy.typing as npt
 
 from ...errors import InputRejected, show
 from ...kernels.dtypes import DTYPES, name_of
-from ...storage import FileIdentity
-from ..base import Checkpoint, TensorInfo
+from ..base import OpenFiles, TensorInfo
 from ..place import Place
 from .families import FAMILIES, Family
 from .file import GgufFile
@@ -62,7 +61,7 @@ def interleaved(rows: npt.NDArray[np.int64], count: int, heads: int) -> npt.NDAr
 _TOKENIZER = "its tokenizer is not written: copy tokenizer.json of the original model beside the result"
 
 
-class GgufCheckpoint(Checkpoint):
+class GgufCheckpoint(OpenFiles):
     """One GGUF file, or all files of a split set when one of them is named.
 
     ``header`` is that of the first file. Tensors of an architecture that is not known keep their names. Quantised
@@ -177,17 +176,6 @@ class GgufCheckpoint(Checkpoint):
             else:
                 self._files[view.stored.file].read(view.stored, int(home[0]) * width + lead, part)
             done += size
-
-    def check_unchanged(self) -> None:
-        for file in self._files.values():
-            file.check_unchanged()
-
-    def files(self) -> list[FileIdentity]:
-        return [self._files[name].identity for name in sorted(self._files)]
-
-    def close(self) -> None:
-        for file in self._files.values():
-            file.close()
 
 
 def _is_fact(key: str, value: Any) -> bool:
