@@ -34,10 +34,6 @@ SPECIAL_IDS = {
 _LARGEST = {"gemma2": 46, "gemma3_text": 62}
 
 
-def number_of_experts_key(model_type: str) -> str:
-    return "num_local_experts" if model_type == "mixtral" else "num_experts"
-
-
 def model_type_of(family: Family, metadata: Mapping[str, Any]) -> str:
     """Which of the models that an architecture stands for a file holds, by its experts and its name."""
     if len(family.models) == 1:
@@ -83,7 +79,7 @@ def _fill(config: dict[str, Any], metadata: Mapping[str, Any], own: str) -> None
     if heads and width and "head_dim" not in config:
         config["head_dim"] = (rotated if own == "llama." else None) or width // heads
     if experts := count_in(metadata, own + "expert_count"):
-        config[number_of_experts_key(model)] = experts
+        config["num_local_experts" if model == "mixtral" else "num_experts"] = experts
     if heads and width and model in _LARGEST:
         config["query_pre_attn_scalar"] = _query_scale(config)
     if model == "phi3" and rotated and config.get("head_dim", rotated) not in (0, rotated):
@@ -128,9 +124,9 @@ def metadata_of(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[str
         part = config.get("partial_rotary_factor") or rope_of(config).get("partial_rotary_factor", 1)
         yield own + "rope.dimension_count", U32, int(size * part)
     yield own + "vocab_size", U32, _needed(config, "vocab_size")
-    experts = config.get(number_of_experts_key(config["model_type"]))
-    if experts and family.experts:
-        yield own + "expert_count", U32, experts
+    experts = config.get("num_experts") or config.get("num_local_experts")  # by age of the file, not by family
+    if family.experts and config["model_type"] not in ("llama", "mistral"):
+        yield own + "expert_count", U32, _whole("num_experts", experts)
     yield from scaling_entries(family.architecture, config)
 
 
@@ -145,7 +141,10 @@ def _check_computed(family: Family, config: Mapping[str, Any]) -> None:
 
 
 def _needed(config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
+    return _whole(key, config.get(key))
+
+
+def _whole(key: str, value: Any) -> int:
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"config.json says {key} = {value!r}, expected a whole number: GGUF needs it")
     return value
