@@ -704,3 +704,26 @@ def test_s3(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             smelt.load("s3://shop/models/nobody")
     smelt.merge(recipe("linear", family.models), tmp_path / "local")
     assert same_weights(tmp_path / "local", tmp_path / "remote")
+
+
+def test_s3_as_moto_speaks_it(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same from a server that somebody else wrote; uploaded by Amazon's own client."""
+    moto, boto3 = pytest.importorskip("moto.server"), pytest.importorskip("boto3")
+    pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()  # which knows the server of another test
+    server = moto.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "geheim")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="shop")
+        for path in filter(Path.is_file, family.folder.rglob("*")):
+            client.upload_file(str(path), "shop", str(path.relative_to(family.folder)))
+        urls = [f"s3://shop/{Path(model).relative_to(family.folder)}" for model in family.models]
+        smelt.merge(recipe("linear", urls), tmp_path / "remote")
+    finally:
+        server.stop()
+    smelt.merge(recipe("linear", family.models), tmp_path / "local")
+    assert same_weights(tmp_path / "local", tmp_path / "remote")
