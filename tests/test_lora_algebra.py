@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from smelt.adapters.factored import EVERYTHING, Term, apart, core, rounding, summed
+from smelt.adapters.factored import EVERYTHING, Term, apart, core_of, outside, rounding, summed
 from smelt.adapters.lowrank import Limits, LowRank, factors
 
 
@@ -90,7 +90,7 @@ def test_what_rounding_changes(dtype: str) -> None:
 @pytest.mark.parametrize(("m", "n"), SHAPES)
 def test_nothing_is_lost_in_the_core(m: int, n: int) -> None:
     terms = [term(m, n, rank, scale, seed) for seed, (rank, scale) in enumerate(MIXED)]
-    space = core(terms)
+    space = core_of(terms)
     for one, small in zip(terms, space.terms, strict=True):
-        assert matrix(space.outside(small, EVERYTHING)) * one.weight == pytest.approx(dense([one]), rel=1e-9, abs=1e-9)
+        assert matrix(outside(space, small, EVERYTHING)) * one.weight == pytest.approx(dense([one]), rel=1e-9, abs=1e-9)
     assert max(space.terms[0].shape) <= 9

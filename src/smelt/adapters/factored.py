@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..methods.spectral import triplets
+from ..checkpoint import Factors
+from ..methods.low_rank import Core, core
 from .lowrank import Array, Limits, LowRank, Matrix, rank_within, signs
 
 _STRIP = 1024
@@ -111,26 +112,13 @@ def rounding(found: LowRank, b: Array, a: Array) -> float:
     return norm_of(np.concatenate([outer - stored[0], stored[0]], axis=1), np.concatenate([inner, inner - stored[1]]))
 
 
-class Core(NamedTuple):
-    """The space that all terms of a module share: orthonormal columns (m, p) and (n, q), and each term in it (p, q).
-
-    Panariello et al., "Accurate and efficient low-rank model merging in core space", NeurIPS 2025,
-    https://arxiv.org/abs/2509.17786: the singular vectors of the factors side by side, as they are.
-    """
-
-    left: Matrix
-    right: Matrix
-    terms: list[Matrix]
-
-    def outside(self, merged: Array, limits: Limits) -> LowRank:
-        """What a matrix of the core (p, q) is in the module, within ``limits``."""
-        u, sigma, vt = np.linalg.svd(merged.astype(np.float64), full_matrices=False)
-        rank = rank_within(limits, sigma * sigma, _lost(float(np.linalg.norm(sigma)), merged.shape))
-        return _signed(self.left @ u[:, :rank], vt[:rank] @ self.right.T, sigma)
+def core_of(terms: Sequence[Term]) -> Core:
+    """The space that one or more terms share, and each in it without its weight."""
+    return core([Factors(term.b, term.a, term.scaling) for term in terms])
 
 
-def core(terms: Sequence[Term]) -> Core:
-    """Of one or more terms. Nothing is lost: ``left @ terms[i] @ right.T`` is the i-th without its weight."""
-    left = triplets(np.concatenate([term.b for term in terms], axis=1)).left
-    right = triplets(np.concatenate([term.a for term in terms], axis=0)).right
-    return Core(left, right, [term.scaling * (left.T @ term.b) @ (term.a @ right) for term in terms])
+def outside(space: Core, merged: Array, limits: Limits) -> LowRank:
+    """What a matrix of the core (p, q) is in the module, within ``limits``."""
+    u, sigma, vt = np.linalg.svd(merged.astype(np.float64), full_matrices=False)
+    rank = rank_within(limits, sigma * sigma, _lost(float(np.linalg.norm(sigma)), merged.shape))
+    return _signed(space.left @ u[:, :rank], vt[:rank] @ space.right.T, sigma)

@@ -24,7 +24,7 @@ from ..kernels.dtypes import rounded
 from ..kernels.program import Operand
 from ..recipe import ModelReference, Position, parse_size
 from .combinations import too_large
-from .factored import Term, core
+from .factored import Term, core_of
 from .lowrank import Array, Matrix
 from .merge_options import MergeOptions
 from .peft import CONFIG, config, factor_names, key
@@ -161,7 +161,7 @@ class _Merger:
 
     def _cores(self, piece: Piece) -> dict[int, Matrix]:
         places = (place for place, _ in piece.parts)
-        return dict(zip(places, core(self._terms(piece)).terms, strict=True))
+        return dict(zip(places, core_of(self._terms(piece)).terms, strict=True))
 
     def _terms(self, piece: Piece) -> list[Term]:
         return [

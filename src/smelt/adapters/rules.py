@@ -18,7 +18,7 @@ from ..engine import merge_tensors
 from ..kernels.dtypes import rounded
 from ..methods import get
 from .combinations import Combination
-from .factored import EVERYTHING, Term, apart, core, rounding, summed
+from .factored import EVERYTHING, Term, apart, core_of, outside, rounding, summed
 from .lowrank import Array, Limits, LowRank, Matrix, factors
 
 
@@ -93,7 +93,7 @@ class InCore:
         )
 
     def merge(self, module: str, terms: Sequence[Term], places: Sequence[int], dtype: str) -> Result:
-        return _stored(core(terms).outside(self.merged[f"{module}.weight"], self.limits), dtype)
+        return _stored(outside(core_of(terms), self.merged[f"{module}.weight"], self.limits), dtype)
 
 
 def _stored(found: LowRank, dtype: str) -> Result:

@@ -141,6 +141,13 @@ class Checkpoint(ABC, Mapping[str, npt.NDArray[Any]]):
     def check_unchanged(self) -> None:
         """Raise OperationFailed when an input file is no longer what it was when it was opened."""
 
+    def rank(self, name: str, base: Checkpoint) -> int | None:
+        """How many directions ``factors`` gives a tensor's change of that of ``base``, at most; nothing is read.
+
+        None where it has none, or is read with another base.
+        """
+        return None
+
     def factors(self, name: str) -> Factors | None:
         """How a tensor differs from that of the base it is read with, where that is known to be of low rank."""
         return None

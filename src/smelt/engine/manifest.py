@@ -53,7 +53,8 @@ def manifest(
         "inputs": inputs,
         "statistics": statistics,
         "measured": list(measured),
-        "input_digest": "xxh3-128 over tiles of 524288 elements, per tensor, then over 'name digest' lines",
+        "input_digest": "xxh3-128 over tiles of 524288 elements, per tensor (over factors where they are merged "
+        "themselves), then over 'name digest' lines",
         "notices": notices,
         "files": dict(sorted(files.items())),
         "tensors": {name: dict(tensors[name]) for name in sorted(tensors)},

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from ..kernels import random
 from ..kernels.dtypes import DTYPES
 from ..kernels.generate import precision_of
-from ..kernels.program import ByRow, Call, Draw, Mask, Operand, Source
+from ..kernels.program import ByRow, Call, Change, Draw, Mask, Operand, Source
 
 if TYPE_CHECKING:
     from .tiles import Tile
@@ -61,6 +61,8 @@ def called_in_strips(call: Call, source: Callable[[Operand], Source]) -> Iterato
     def one(value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(one(item) for item in value)
+        if isinstance(value, Change):
+            return value.operand.factors()
         return source(value) if hasattr(value, "read") else value
 
     with np.errstate(all="ignore"):
@@ -68,7 +70,10 @@ def called_in_strips(call: Call, source: Callable[[Operand], Source]) -> Iterato
 
 
 def _arguments(given: Mapping[str, Any], read: Reader, span: tuple[int, int], shape: tuple[int, ...]) -> dict[str, Any]:
-    """Operands as arrays, draws and masks as booleans, all else as it is. ``span``: first element, how many."""
+    """Operands as arrays, draws and masks as booleans, changes as factors, all else as it is.
+
+    ``span``: first element, how many.
+    """
 
     def one(value: Any) -> Any:
         if isinstance(value, tuple):
@@ -78,6 +83,8 @@ def _arguments(given: Mapping[str, Any], read: Reader, span: tuple[int, int], sh
             return random.drawn(random.words(value.key, *span), density).reshape(shape)
         if isinstance(value, Mask):
             return read(value.operand) != 0
+        if isinstance(value, Change):
+            return value.operand.factors()
         return read(value) if isinstance(value, ByRow) or hasattr(value, "read") else value
 
     return {name: one(value) for name, value in given.items()}

@@ -19,6 +19,7 @@ from ..kernels.program import Copy, Output
 from ..methods import Method, Model, Statistic, Tensor, get
 from ..methods.lines import wrapped
 from ..methods.tensors import identity
+from .changes import with_ranks
 from .device import Policy, mapper_for
 from .execute import Executor, Job, Steps, usable_cores
 from .gradients import lost, merge_live, numbers, remembered, remembering
@@ -208,7 +209,7 @@ class _Inputs:
 
     def tensor(self, name: str, shared: Mapping[str, Any], each: Mapping[str, Any], seed: int) -> Tensor:
         masks = tuple(CheckpointOperand(mask, name) for mask in self._masks if name in mask)
-        return Tensor(
+        tensor = Tensor(
             name=name,
             base=None if self._base is None else CheckpointOperand(self._base, name),
             models=tuple(CheckpointOperand(model, name) for model in self._models),
@@ -222,6 +223,7 @@ class _Inputs:
             masks=masks or None,
             role=self._roles.get(name),
         )  # fmt: skip
+        return with_ranks(self._method, tensor)
 
     def check_statistics(self) -> None:
         """Raise what is missing, does not fit or has no effect."""

@@ -14,8 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from ..checkpoint import Checkpoint
+from ..checkpoint import Checkpoint, Factors
+from ..errors import OperationFailed, show
 from ..kernels.dtypes import DTYPES
+from ..kernels.program import Operand
 from .tiles import TILE
 
 
@@ -30,7 +32,7 @@ class Ledger:
         return key[:2] in self._known or key[2] in self._tiles.get(key[:2], {})
 
     def remember(self, label: str, name: str, digest: str) -> None:
-        """What an earlier run found for a tensor."""
+        """What an earlier run found for a tensor, or what it is told by where it is not read element by element."""
         self._known[label, name] = digest
 
     def digest(self, label: str, name: str, count: int) -> str | None:
@@ -80,6 +82,23 @@ class CheckpointOperand:
         ledger = self._ledger
         if ledger is not None and self._is_tile(start, len(out)) and (self.label, self.name, start) not in ledger:
             ledger.record(self.label, self.name, start, out.data)
+
+    def rank(self, base: Operand | None) -> int | None:
+        """Of its factors, where they are known to be those of its change of ``base``; nothing is read."""
+        if not isinstance(base, CheckpointOperand) or base.name != self.name:
+            return None
+        return self.checkpoint.rank(self.name, base.checkpoint)
+
+    def factors(self) -> Factors:
+        """How it differs from the base; their digest is the tensor's. OperationFailed where they hold NaN or Inf."""
+        found = self.checkpoint.factors(self.name)
+        assert found is not None, "whoever asks knows the rank"
+        if not (np.isfinite(found.left).all() and np.isfinite(found.right).all()):
+            raise OperationFailed(f"{self.label}: tensor {show(self.name)}: the adapter's factors hold NaN or Inf")
+        if self._ledger is not None:
+            parts = (found.left.tobytes(), found.right.tobytes(), repr(found.scaling).encode())
+            self._ledger.remember(self.label, self.name, xxhash.xxh3_128_hexdigest(b"".join(parts)))
+        return found
 
     def fingerprint(self) -> None:
         """Read the tiles that were not read whole, so that the digest covers the tensor."""

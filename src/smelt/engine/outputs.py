@@ -13,6 +13,7 @@ from ..kernels.dtypes import DTYPES
 from ..kernels.program import Operand
 from ..methods import Method, Tensor
 from ..recipe import Recipe
+from .changes import with_ranks
 from .inputs import Inputs
 from .layout import Piece, Source
 from .parts import parts_of
@@ -51,8 +52,25 @@ class Output:
     @property
     def input_bytes(self) -> int:
         """Of weights and statistics, as they are stored."""
-        weights = sum(source.nbytes for source in self.piece.sources)
-        return weights + stored_bytes(self.statistics)
+        return self.weight_bytes + stored_bytes(self.statistics)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the tensors that are read; of the base and the factors of what the models change, where these stand."""
+        base = self.tensor.base if self.tensor is not None and self.tensor.ranks else None
+        if base is None:
+            return sum(source.nbytes for source in self.piece.sources)
+        return base.count * DTYPES[base.dtype].bits // 8 + self._factor_bytes
+
+    def bytes_read(self, passes: int) -> int:
+        """In so many passes and the last, which alone reads the base of what comes in factors."""
+        if self.tensor is None:
+            return self.input_bytes
+        return self.input_bytes + passes * (self._factor_bytes if self.tensor.ranks else self.input_bytes)
+
+    @property
+    def _factor_bytes(self) -> int:
+        return sum(change.nbytes for change in self.tensor.changes) if self.tensor is not None else 0
 
     @property
     def statistics(self) -> tuple[Operand, ...]:
@@ -123,7 +141,7 @@ class OutputMaker:
         given = self._finder.of(
             piece.name, piece.sources[0].shape, shared, members[: len(merged)], *members[len(merged) :]
         )
-        return Tensor(
+        tensor = Tensor(
             name=piece.name,
             base=None if base is None else base.operand(ledger),
             models=tuple(source.operand(ledger) for source in merged),
@@ -133,6 +151,7 @@ class OutputMaker:
             statistics=given,
             role=self._role(piece),
         )
+        return with_ranks(self._method, tensor)
 
     def _member(self, source: Source) -> Member:
         beside = self._inputs.statistics(source.entry)

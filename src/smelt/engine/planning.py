@@ -72,8 +72,7 @@ class Plan:
     @property
     def bytes_read(self) -> int:
         """Bytes read from the inputs; what a statistic reads again comes from the system's page cache."""
-        again = sum(self.passes)
-        return sum(output.input_bytes * (1 if output.tensor is None else 1 + again) for output in self.outputs)
+        return sum(output.bytes_read(sum(self.passes)) for output in self.outputs)
 
     @property
     def shard_size(self) -> int:
@@ -135,7 +134,7 @@ class Plan:
 
     def bytes_of(self, output: Output) -> tuple[int, int]:
         """Memory that one thread needs: for a tile (operands, result, as much again in counters), for a matrix."""
-        operands = sum(source.nbytes for source in output.piece.sources)
+        operands = output.weight_bytes
         beside = sum(operand.count * DTYPES[operand.dtype].bits // 8 for operand in output.statistics)
         row, more = (1, 0) if output.tensor is None else self.method.holds(output.tensor)
         count = output.count if output.tensor is None else output.tensor.count

@@ -239,6 +239,7 @@ class RowsReducer:
         return self._length
 
     def tile(self, call: Call, tile: Tile) -> Any:
+        tile.bytes_read += sum(change.nbytes for change in call.changes)
         return rows_called(call, tile, self._length)
 
     def absorb(self, partials: Partials) -> None:

@@ -36,6 +36,7 @@ def run_whole(output: Whole, job: Job, tile: Tile, mapper: Mapper, sink: Sink, b
         return Reader(operand, job.name, precision, own, tile, mapper, buffers)
 
     first = 0
+    tile.bytes_read += sum(change.nbytes for change in output.call.changes)
     with one_thread():
         for part in _results(output, source, (0, job.count), shape):
             if output.shape is not None and gaps:

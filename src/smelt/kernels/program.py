@@ -57,6 +57,20 @@ class Mask:
 
 
 @dataclass(frozen=True, eq=False)
+class Change:
+    """How ``operand`` differs from the base: it reaches functions of whole tensors as factors of ``rank`` at most."""
+
+    operand: Any  # Operand, of which ``factors()`` is read
+    rank: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the factors, as they are read."""
+        shape: tuple[int, ...] = self.operand.shape
+        return 4 * self.rank * ((shape[0] if shape else 1) + prod(shape[1:]))
+
+
+@dataclass(frozen=True, eq=False)
 class ByRow:
     """An operand (F32) that is computed from whole rows of others: for outputs and Totals, not beside a Quota.
 
@@ -117,7 +131,7 @@ class Each(tuple[Operand, ...]):
     __slots__ = ()
 
 
-Argument = Any  # Operand | ByRow | Draw | Mask | float | Step | Quota, or a tuple of these
+Argument = Any  # Operand | ByRow | Change | Draw | Mask | float | Step | Quota, or a tuple of these
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,10 +155,15 @@ class Call:
         """The distinct operands, in order of first use."""
         found: dict[int, Operand] = {}
         for item in self.items():
-            operand = item.operand if isinstance(item, Mask) else item.density if isinstance(item, Draw) else item
+            operand = item.density if isinstance(item, Draw) else item
+            operand = operand.operand if isinstance(operand, Mask | Change) else operand
             if not isinstance(operand, int | float | Step | Quota):
                 found.setdefault(id(operand), operand)
         return list(found.values())
+
+    @property
+    def changes(self) -> list[Change]:
+        return [item for item in self.items() if isinstance(item, Change)]
 
     @property
     def row(self) -> int | None:
@@ -214,7 +233,7 @@ class Rows:
     ``function(**arguments)`` sees a few whole rows at a time, each Operand as an array (rows, row length) of
     the computing precision, and returns an array that begins with the same number of rows; it must treat
     every row alone. Result: the parts joined along the first axis, or with ``total`` added up in order. With
-    ``whole`` the tensor is one row, and the result is what the function returns.
+    ``whole`` the tensor is one row, and the result is what the function returns; a :class:`Change` may be asked for.
     """
 
     function: Callable[..., Any]
@@ -253,8 +272,8 @@ class Whole:
     ``function(**arguments)`` receives each Operand as a numpy array of the computing precision (float32, or
     float64 where an input is), Masks and Draws as boolean arrays. With ``by_rows`` it is called for a few
     whole rows at a time, as (rows, row length), in bounded memory; it must treat every row alone. With ``strips``
-    it receives each Operand as a :class:`Source` and yields the result's rows in order, some at a time. ``shape``:
-    of what it returns, where that is not the tensor's.
+    it receives each Operand as a :class:`Source` and yields the result's rows in order, some at a time. A
+    :class:`Change` is its factors. ``shape``: of what it returns, where that is not the tensor's.
     """
 
     function: Callable[..., Any]

@@ -22,28 +22,34 @@ are left out. sigma is the mean over r all the same, or over the rank (``sigma_o
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from ..kernels.program import Call, Whole
+from ..kernels.program import Call, Copy, Whole
+from .low_rank import holds_factors, is_low_rank, is_unchanged, merged_in_core
 from .registry import EXCLUDE, Citation, Method, Parameter
 from .spectral import Matrix, Triplets, combined, spectrum_and_polar, triplets
 from .task_matrices import ALPHA, AVERAGE, TOLERANCE, averaged, delta_of, held, is_matrix
 from .tensors import Tensor
 
 
-def merge(tensor: Tensor) -> Call | Whole:
+def merge(tensor: Tensor) -> Call | Copy | Whole:
+    if tensor.base is not None and is_unchanged(tensor):
+        return Copy(tensor.base)
     if not is_matrix(tensor):
         return averaged(tensor)
-    shared = {
-        "base": tensor.base, "models": tensor.models, "scale": tensor["alpha"], "beta": tensor["beta"],
+    rank, function = min(tensor.shape), levelled if tensor.variant == "iso_c" else levelled_with_tasks
+    given = {
+        "base": tensor.base, "scale": tensor["alpha"], "beta": tensor["beta"], "rank": rank,
         "over_rank": tensor["sigma_over"] == "rank", "tolerance": tensor["tolerance"],
     }  # fmt: skip
-    if tensor.variant == "iso_c":
-        return Whole(levelled, shared)
-    own = directions(min(tensor.shape), tensor.size, tensor["common_space_fraction"])
-    return Whole(levelled_with_tasks, {**shared, "own": own})
+    if tensor.variant != "iso_c":
+        given["own"] = directions(rank, tensor.size, tensor["common_space_fraction"])
+    if tensor.ranks:
+        return Whole(partial(merged_in_core, function=function), {**given, "changes": tensor.changes}, strips=True)
+    return Whole(function, {**given, "models": tensor.models})
 
 
 def directions(rank: int, tasks: int, fraction: float) -> int:
@@ -52,11 +58,13 @@ def directions(rank: int, tasks: int, fraction: float) -> int:
     return min(own, rank // tasks)
 
 
-def levelled(base: Any, models: Any, scale: float, beta: float, over_rank: bool, tolerance: float) -> Any:
-    """Iso-C of T matrices (m, n)."""
+def levelled(
+    base: Any, models: Any, scale: float, beta: float, over_rank: bool, tolerance: float, rank: int
+) -> Any:  # fmt: skip
+    """Iso-C of T matrices (m, n); ``rank``: how many directions there could be."""
     total = sum_of_deltas(base, models)
     values, factor = spectrum_and_polar(total, tolerance)
-    sigma = mean_of(values, min(total.shape), over_rank)
+    sigma = mean_of(values, rank, over_rank)
     factor *= scale * beta * sigma
     if beta != 1:
         factor += scale * (1 - beta) * total
@@ -65,11 +73,10 @@ def levelled(base: Any, models: Any, scale: float, beta: float, over_rank: bool,
 
 
 def levelled_with_tasks(
-    base: Any, models: Any, scale: float, beta: float, over_rank: bool, tolerance: float, own: int
+    base: Any, models: Any, scale: float, beta: float, over_rank: bool, tolerance: float, rank: int, own: int
 ) -> Any:
     """Iso-CTS of T matrices (m, n)."""
     total = sum_of_deltas(base, models)
-    rank = min(total.shape)
     common = triplets(total, rank - own * len(models), tolerance)
     parts = [special(common, delta_of(base, model), own, tolerance) for model in models if own]
     joint = combined([*parts, common], orthogonal=own > 0)
@@ -101,8 +108,10 @@ def mean_of(values: Matrix, rank: int, over_rank: bool) -> float:
 
 
 def holds(tensor: Tensor) -> tuple[int, int]:
-    if not is_matrix(tensor):
+    if not is_matrix(tensor) or is_unchanged(tensor):
         return 1, 0
+    if tensor.ranks:
+        return holds_factors(tensor, 9, 14)
     operands = 4 * (tensor.size + 1)
     return held(tensor, operands + 25, 4.5) if tensor.variant == "iso_c" else held(tensor, operands + 48, 10.6)
 
@@ -119,6 +128,7 @@ METHODS = (
         ),
         merge=merge,
         holds=holds,
+        low_rank=lambda tensor: is_low_rank(tensor, is_matrix(tensor)),
         parameters=(
             ALPHA,
             Parameter("common_space_fraction", "float", 0.8, "share of the directions that are those of the sum",

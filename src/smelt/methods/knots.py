@@ -19,17 +19,22 @@ deltas, times alpha.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ..checkpoint import Factors
 from ..kernels.arrays import apply
 from ..kernels.blas import one_thread
-from ..kernels.program import Call, Rows, Whole
+from ..kernels.program import Call, Copy, Draw, Rows, Source, Whole
+from ..kernels.random import drawn, words
 from ..kernels.vocabulary import where
 from .interference import linear_weight
+from .low_rank import added, holds_factors, is_low_rank, is_unchanged, transposed, with_shared_rows
 from .registry import EXCLUDE, SCOPE, Citation, Method, Parameter, Steps
 from .spectral import Matrix, eigenpairs, finite
 from .task_matrices import ALPHA, TOLERANCE, averaged, delta_of, held
@@ -59,17 +64,22 @@ class Aligned:
         return found
 
 
-def aligned(
-    base: Any, models: tuple[Any, ...], kept: tuple[Any, ...], rate: float, turned: bool, tolerance: float
-) -> Aligned:
-    """Steps 1 and 2 for T matrices (m, n); ``turned``: for their transposes. ``kept``: bool (m, n) or True each."""
+def aligned(base: Any, models: tuple[Any, ...], turned: bool, tolerance: float, **drops: Any) -> Aligned:
+    """Steps 1 and 2 for T matrices (m, n); ``turned``: for their transposes. ``drops``: as for :func:`thinned`."""
     deltas = [delta_of(base, model) for model in models]
-    deltas = [delta.T for delta in deltas] if turned else deltas
+    return thinned(_coordinates([delta.T for delta in deltas] if turned else deltas, tolerance), **drops)
+
+
+def aligned_factors(changes: tuple[Factors, ...], turned: bool, tolerance: float, **drops: Any) -> Aligned:
+    """The same from factors: in coordinates of all rows, the Gram matrix has as many rows as there are ranks."""
+    basis, deltas = with_shared_rows([transposed(change) for change in changes] if turned else changes)
+    found = _coordinates(deltas, tolerance)
+    return thinned(Aligned((basis, *found.factors), found.coordinates), **drops)
+
+
+def _coordinates(deltas: list[Matrix], tolerance: float) -> Aligned:
     rows, columns = deltas[0].shape
-    found = _wide(deltas, tolerance) if rows <= len(deltas) * columns else _tall(deltas, tolerance)
-    drawn = [each if each is True else (each.T if turned else each)[: len(found.coordinates[0])] for each in kept]
-    thinned = (_thinned(c, k, rate) for c, k in zip(found.coordinates, drawn, strict=True))
-    return Aligned(found.factors, tuple(thinned))
+    return _wide(deltas, tolerance) if rows <= len(deltas) * columns else _tall(deltas, tolerance)
 
 
 def _wide(deltas: list[Matrix], tolerance: float) -> Aligned:
@@ -97,8 +107,18 @@ def _leading(gram: Matrix, tolerance: float) -> tuple[Matrix, Matrix]:
     return np.sqrt(values[::-1][:count]), vectors[:, ::-1][:, :count]
 
 
+def thinned(found: Aligned, kept: tuple[Any, ...], rate: float) -> Aligned:
+    """Step 2. ``kept`` of each task: True, a draw, or bool (m, n), of which as many count as there are coordinates."""
+    return Aligned(found.factors, tuple(_thinned(c, k, rate) for c, k in zip(found.coordinates, kept, strict=True)))
+
+
 def _thinned(coordinates: Coordinates, kept: Any, rate: float) -> Coordinates:
-    return coordinates if kept is True else np.where(kept, coordinates / np.float32(1 - rate), np.float32(0))
+    if kept is True:
+        return coordinates
+    if isinstance(kept, Draw):
+        kept = drawn(words(kept.key, 0, coordinates.size), kept.density)
+    chosen = kept.reshape(-1)[: coordinates.size].reshape(coordinates.shape)
+    return np.where(chosen, coordinates / np.float32(1 - rate), np.float32(0))
 
 
 # --- the thresholds: two looks at all coordinates, the second at few of them ----------------------------------
@@ -106,16 +126,23 @@ def _thinned(coordinates: Coordinates, kept: Any, rate: float) -> Coordinates:
 
 def survey(model: Model) -> Steps:
     """Each task's least magnitude that is kept, over all matrices; None: every matrix has its own."""
-    chosen = [tensor for tensor in model.tensors if is_aligned(tensor)]
+    chosen = [tensor for tensor in model.tensors if is_aligned(tensor) and not is_unchanged(tensor)]
     if not chosen or model["scope"] == "tensor" or model["density"] == 1:
         return None
-    histograms = yield tuple(Rows(_histogram, given(tensor), whole=True) for tensor in chosen)
+    histograms = yield tuple(_looked_at(tensor, _histogram) for tensor in chosen)
     counts = np.add.reduce(histograms)[0]
     places = [_place(line, model["density"]) for line in counts]
     bins = tuple(bin for bin, _ in places)
-    found = yield tuple(Rows(_in_bins, {**given(tensor), "bins": bins}, whole=True) for tensor in chosen)
+    found = yield tuple(_looked_at(tensor, partial(_in_bins, bins=bins)) for tensor in chosen)
     tasks, magnitudes = np.concatenate(found, axis=1)
     return tuple(_nth(magnitudes[tasks == task], rank) for task, (_, rank) in enumerate(places))
+
+
+def _looked_at(tensor: Tensor, look: Callable[..., Any]) -> Rows:
+    """What ``look`` finds among the coordinates of a matrix."""
+    if tensor.ranks:
+        return Rows(partial(_of_factors, look, kept=draws(tensor)), of_factors(tensor), whole=True)
+    return Rows(partial(_of_models, look), {**of_models(tensor), "shape": tensor.shape}, whole=True)
 
 
 def _place(counts: npt.NDArray[np.int64], density: float) -> tuple[int, int]:
@@ -133,16 +160,16 @@ def _nth(magnitudes: npt.NDArray[np.float64], rank: int) -> float:
     return float(np.sort(magnitudes)[rank]) if rank >= 0 else 0.0
 
 
-def _histogram(shape: tuple[int, ...], **given: Any) -> npt.NDArray[np.int64]:
+def _histogram(coordinates: tuple[Coordinates, ...]) -> npt.NDArray[np.int64]:
     """(1, T, bins): how many coordinates of each task have these upper bits."""
-    uppers = (_bits(c) >> _SHIFT for c in _seen(shape, **given).coordinates)
+    uppers = (_bits(c) >> _SHIFT for c in coordinates)
     return np.stack([np.bincount(upper, minlength=_BINS) for upper in uppers])[None]
 
 
-def _in_bins(shape: tuple[int, ...], bins: tuple[int, ...], **given: Any) -> npt.NDArray[np.float64]:
+def _in_bins(coordinates: tuple[Coordinates, ...], bins: tuple[int, ...]) -> npt.NDArray[np.float64]:
     """(2, any number): the task and the magnitude of each coordinate in its task's bin."""
     lines = []
-    for task, (own, bin) in enumerate(zip(_seen(shape, **given).coordinates, bins, strict=True)):
+    for task, (own, bin) in enumerate(zip(coordinates, bins, strict=True)):
         inside = np.abs(own.reshape(-1)[_bits(own) >> _SHIFT == bin])
         lines.append(np.stack([np.full(len(inside), task), inside]))
     return np.concatenate(lines, axis=1)
@@ -152,50 +179,89 @@ def _bits(coordinates: Coordinates) -> npt.NDArray[np.uint32]:
     return np.abs(coordinates).reshape(-1).view(np.uint32)
 
 
-def _seen(shape: tuple[int, ...], base: Any, models: tuple[Any, ...], kept: tuple[Any, ...], **more: Any) -> Aligned:
+def _of_models(
+    look: Callable[..., Any], shape: tuple[int, ...], base: Any, models: tuple[Any, ...], **more: Any
+) -> Any:
     """What is no number counts as 0 here: the pass that makes the output finds it."""
     start, *others = (finite(x).reshape(shape) for x in (base, *models))
-    drawn = tuple(each if each is True else each.reshape(shape) for each in kept)
     with one_thread():
-        return aligned(start, tuple(others), drawn, **more)
+        return look(aligned(start, tuple(others), **more).coordinates)
+
+
+def _of_factors(look: Callable[..., Any], **given: Any) -> Any:
+    with one_thread():
+        return look(aligned_factors(**given).coordinates)
 
 
 # --- the merge ------------------------------------------------------------------------------------------------
 
 
-def given(tensor: Tensor) -> dict[str, Any]:
-    return {
-        "shape": tensor.shape, "base": tensor.base, "models": tensor.models, "rate": tensor["drop_rate"],
-        "kept": tensor.kept((1 - tensor["drop_rate"],) * tensor.size), "turned": tensor["shared"] == "input",
-        "tolerance": tensor["tolerance"],
-    }  # fmt: skip
+def of_models(tensor: Tensor) -> dict[str, Any]:
+    return {"base": tensor.base, "models": tensor.models, "kept": draws(tensor), **_options(tensor)}
+
+
+def of_factors(tensor: Tensor) -> dict[str, Any]:
+    """Without the draws, which would be made for all of the matrix."""
+    return {"changes": tensor.changes, **_options(tensor)}
+
+
+def draws(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.kept((1 - tensor["drop_rate"],) * tensor.size)
+
+
+def _options(tensor: Tensor) -> dict[str, Any]:
+    turned = tensor["shared"] == "input"
+    return {"rate": tensor["drop_rate"], "turned": turned, "tolerance": tensor["tolerance"]}
 
 
 def is_aligned(tensor: Tensor) -> bool:
     return linear_weight(tensor) and tensor.count > 0
 
 
-def merge(tensor: Tensor) -> Call | Whole:
+def merge(tensor: Tensor) -> Call | Copy | Whole:
+    if tensor.base is not None and is_unchanged(tensor):
+        return Copy(tensor.base)
     if not is_aligned(tensor):
         return averaged(tensor)
-    return Whole(merged, {
-        **given(tensor), "bars": tensor.survey or (), "density": tensor["density"], "elect": tensor["rule"] == "ties",
-        "mean": tensor["merge_func"] == "mean", "scale": tensor["alpha"],
-    })  # fmt: skip
+    rules = {
+        "bars": tensor.survey or (), "density": tensor["density"], "elect": tensor["rule"] == "ties",
+        "mean": tensor["merge_func"] == "mean",
+    }  # fmt: skip
+    given = {"base": tensor.base, "scale": tensor["alpha"]}
+    if not tensor.ranks:
+        return Whole(partial(merged, rules=rules), {**given, **of_models(tensor)})
+    function = partial(merged_factors, rules=rules, kept=draws(tensor))
+    return Whole(function, {**given, **of_factors(tensor)}, strips=True)
 
 
 def merged(
-    shape: tuple[int, ...], base: Any, models: tuple[Any, ...], turned: bool, bars: tuple[float, ...],
-    density: float, elect: bool, mean: bool, scale: float, **more: Any,
+    base: Any, models: tuple[Any, ...], scale: float, turned: bool, rules: dict[str, Any], **more: Any
 ) -> Matrix:  # fmt: skip
     """The merged matrix (m, n) of T models' matrices (m, n)."""
-    found = aligned(base, models, turned=turned, **more)
-    if not found.coordinates[0].size:
-        return np.asarray(base, np.float64)
-    least = bars or tuple(_bar(own, density) for own in found.coordinates)
-    joint = apply(together, {"coordinates": found.coordinates, "bars": least, "elect": elect, "mean": mean})
-    delta = found.expanded(joint)
+    found = aligned(base, models, turned, **more)
+    delta = found.expanded(joined(found.coordinates, **rules))
     return np.asarray(base + scale * (delta.T if turned else delta))
+
+
+def merged_factors(
+    base: Source, changes: tuple[Factors, ...], scale: float, turned: bool, rules: dict[str, Any], **more: Any
+) -> Iterator[Matrix]:
+    """The same from the models' factors, strip by strip."""
+    found = aligned_factors(changes, turned, **more)
+    basis, rest = found.factors[0], Aligned(found.factors[1:], found.coordinates)
+    right = scale * rest.expanded(joined(found.coordinates, **rules))
+    return added(base, right.T, basis.T) if turned else added(base, basis, right)
+
+
+def joined(
+    coordinates: tuple[Coordinates, ...], bars: tuple[float, ...], density: float, elect: bool, mean: bool
+) -> Coordinates:
+    """Step 3, and C."""
+    if not coordinates[0].size:
+        return coordinates[0]
+    least = bars or tuple(_bar(own, density) for own in coordinates)
+    joint = apply(together, {"coordinates": coordinates, "bars": least, "elect": elect, "mean": mean})
+    return np.asarray(joint)
 
 
 def _bar(coordinates: Coordinates, density: float) -> float:
@@ -220,8 +286,10 @@ def together(coordinates: Any, bars: Any, elect: bool, mean: bool) -> Any:
 
 def holds(tensor: Tensor) -> tuple[int, int]:
     """The operands and the coordinates in fp32; in fp64 the deltas, the joint vectors and their Gram matrix."""
-    if not is_aligned(tensor):
+    if not is_aligned(tensor) or is_unchanged(tensor):
         return 1, 0
+    if tensor.ranks:
+        return holds_factors(tensor, 9 + tensor.size, 8)
     rows = tensor.shape[1 if tensor["shared"] == "input" else 0]
     joint = tensor.size * (tensor.count // rows)
     if rows <= joint:
@@ -243,6 +311,7 @@ METHODS = (
         survey=survey,
         passes=lambda parameters: (2 if parameters["scope"] == "model" and parameters["density"] < 1 else 0, 0),
         holds=holds,
+        low_rank=lambda tensor: is_low_rank(tensor, is_aligned(tensor) and tensor.masks is None),
         random=True,
         parameters=(
             ALPHA,

@@ -30,6 +30,7 @@ from ..kernels.program import Call, Copy, Whole, call
 from .descent import Matrix, adam, momentum_share
 from .interference import Term, quadratic, squared_norm, task_vector
 from .linear import weighted_sum
+from .low_rank import holds_factors, is_low_rank, is_unchanged, merged_in_core
 from .registry import LAMBDA, Citation, Method, Parameter
 from .spectral import triplets
 from .task_arithmetic import add_task_vectors
@@ -43,32 +44,42 @@ _NOISE = 1e-3
 def merge(tensor: Tensor) -> Call | Copy | Whole:
     if tensor.base is None and tensor["mode"] != "factors":
         raise UsageError("optmerge: give a base (only with mode: factors there is none)")
-    if tensor["lambda"] == 0 and tensor.base is not None:
+    if tensor.base is not None and (tensor["lambda"] == 0 or is_unchanged(tensor)):
         return Copy(tensor.base)
-    given = {"models": tensor.models, **({} if tensor.base is None else {"base": tensor.base})}
     if len(tensor.shape) == 2:
-        return Whole(partial(optimised, options=tensor.shared), given)
+        function = partial(optimised, options=tensor.shared, side=min(tensor.shape))
+        given = {} if tensor.base is None else {"base": tensor.base}
+        if tensor.ranks:
+            in_core = partial(merged_in_core, function=function)
+            return Whole(in_core, {**given, "changes": tensor.changes}, strips=True)
+        return Whole(function, {**given, "models": tensor.models})
     if tensor.base is None:
         return call(weighted_sum, models=tensor.models, weights=(tensor["lambda"] / tensor.size,) * tensor.size)
     weights = (1 / tensor.size,) * tensor.size
     return call(add_task_vectors, base=tensor.base, models=tensor.models, weights=weights, scale=tensor["lambda"])
 
 
-def optimised(models: tuple[Any, ...], options: Mapping[str, Any], base: Any = 0.0) -> Matrix:
-    """theta_0 + lambda W for a matrix (out, in), in fp64."""
+def optimised(models: tuple[Any, ...], options: Mapping[str, Any], side: int, base: Any = 0.0) -> Matrix:
+    """theta_0 + lambda W for a matrix (out, in), in fp64; full rank is ``side``."""
     changes = [task_vector(base, model) for model in models]
     mode, share = options["mode"], options["truncate_rank_ratio"]
     if share is None:
         share = 1 / 5 if mode == "factors" else 1 / len(changes)
-    rank = int(min(changes[0].shape) * share)
-    tuned = mode == "full" or (mode == "auto" and not all(map(_adapted, changes)))
+    rank = int(side * share)
+    tuned = mode == "full" or (mode == "auto" and not all(_adapted(change, side) for change in changes))
     solve = _from_sum if tuned else _from_mean
     return np.asarray(base + options["lambda"] * solve(changes, rank, options), np.float64)
 
 
-def _adapted(change: Matrix) -> bool:
+def _adapted(change: Matrix, side: int) -> bool:
     """Whether the task vector is of low rank."""
-    return bool(triplets(change, tolerance=_NOISE).rank < min(change.shape) / 4)
+    return bool(triplets(change, tolerance=_NOISE).rank < side / 4)
+
+
+def _from_adapters(tensor: Tensor) -> bool:
+    """Whether the task vectors are known to be of low rank, and treated so."""
+    few = max(tensor.ranks) < min(tensor.shape, default=0) / 4
+    return len(tensor.shape) == 2 and (tensor["mode"] == "lora" or (tensor["mode"] == "auto" and few))
 
 
 def _from_sum(changes: list[Matrix], rank: int, options: Mapping[str, Any]) -> Matrix:
@@ -106,8 +117,10 @@ def _leading_rows(change: Matrix, rank: int) -> Matrix:
 
 def holds(tensor: Tensor) -> tuple[int, int]:
     """The task vectors, the work of descent and of decompositions, and G."""
-    if len(tensor.shape) != 2 or not tensor.count:
+    if len(tensor.shape) != 2 or not tensor.count or is_unchanged(tensor):
         return 1, 0
+    if tensor.ranks:
+        return holds_factors(tensor, 9, 14)
     return held(tensor, 20 * tensor.size + 35, 5.5)
 
 
@@ -127,6 +140,7 @@ METHODS = (
         merge=merge,
         base="optional",
         holds=holds,
+        low_rank=lambda tensor: is_low_rank(tensor, _from_adapters(tensor)),
         parameters=(
             LAMBDA,
             Parameter("mode", "str", "auto", "what was tuned: all weights, adapters, or as each matrix shows; "

@@ -8,7 +8,7 @@ from math import sin
 from typing import Any
 
 from ..architecture import TensorRole
-from ..kernels.program import Draw, Mask, Operand
+from ..kernels.program import Change, Draw, Mask, Operand
 from ..kernels.random import key_of
 from ..kernels.vocabulary import where
 
@@ -20,7 +20,8 @@ class Tensor:
     ``models`` are the operands that are merged (without the base where the method has one), in recipe
     order. ``shared`` holds the values of shared parameters, ``each`` of per-model ones (a tuple each).
     ``statistics`` maps a kind to one operand per model, ``masks`` are draws handed in (1 = kept). ``role`` is
-    the output tensor's place in the model.
+    the output tensor's place in the model. ``ranks`` are those of the models' changes to the base, where all are
+    known to be products and the method wants them so (:attr:`Method.low_rank`); else empty.
     """
 
     name: str
@@ -33,6 +34,12 @@ class Tensor:
     masks: tuple[Operand, ...] | None = None
     survey: Any = None
     role: TensorRole | None = None
+    ranks: tuple[int, ...] = ()
+
+    @property
+    def changes(self) -> tuple[Change, ...]:
+        """The models as factors of what they change, where ``ranks`` are known."""
+        return tuple(Change(model, rank) for model, rank in zip(self.models, self.ranks, strict=False))
 
     @property
     def size(self) -> int:

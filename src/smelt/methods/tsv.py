@@ -25,11 +25,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ..kernels.program import Call, Copy, Operand, Output, Source, Whole, call
+from .low_rank import holds_factors, is_low_rank, is_unchanged, merged_in_core
 from .parts import FOR_NO_TASK, TASK, packed, task_of
 from .registry import EXCLUDE, Citation, Method, Parameter, weight_parameter
 from .spectral import (
@@ -64,12 +66,17 @@ def merge(tensor: Tensor) -> Call | Copy | Whole:
     task = task_of(tensor)
     if task is not None:
         return of_task(tensor, tensor.models[task])
+    if tensor.base is not None and is_unchanged(tensor):
+        return Copy(tensor.base)
     if not is_truncated(tensor):
         return averaged(tensor)
     given = {
-        "base": tensor.base, "models": tensor.models, "weights": tensor.each["weight"], "scale": tensor["alpha"],
-        "rank": rank_of(tensor), "orthogonal": tensor["orthogonalise"], "tolerance": tensor["tolerance"],
+        "base": tensor.base, "weights": tensor.each["weight"], "scale": tensor["alpha"], "rank": rank_of(tensor),
+        "orthogonal": tensor["orthogonalise"], "tolerance": tensor["tolerance"],
     }  # fmt: skip
+    if tensor.ranks:
+        return Whole(partial(merged_in_core, function=merged), {**given, "changes": tensor.changes}, strips=True)
+    given["models"] = tensor.models
     return Whole(merged_in_strips, given, strips=True) if _fill_no_more_than(tensor) else Whole(merged, given)
 
 
@@ -178,8 +185,10 @@ def is_truncated(tensor: Tensor) -> bool:
 def holds(tensor: Tensor) -> tuple[int, int]:
     if tensor["task"] is not None:
         return held(tensor, 30, 4.2) if len(tensor.shape) == 2 else (1, 0)
-    if not is_truncated(tensor):
+    if not is_truncated(tensor) or is_unchanged(tensor):
         return 1, 0
+    if tensor.ranks:
+        return holds_factors(tensor, 9, 14)
     if _fill_no_more_than(tensor):
         strips = tensor.size + (6 if in_many_strips(tensor) else 3.5)
         return at_most(tensor, held_in_strips(tensor, strips, 4), held_in_strips(tensor, 2, 9))
@@ -200,6 +209,7 @@ METHODS = (
         merge=merge,
         parts=parts,
         holds=holds,
+        low_rank=lambda tensor: tensor["task"] is None and is_low_rank(tensor, is_truncated(tensor)),
         parameters=(
             TASK,
             weight_parameter(1.0, mergekit=False, when=FOR_NO_TASK),

@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,6 +32,7 @@ from ..kernels.program import Call, Copy, Source, Whole, call
 from .descent import Matrix, adam, momentum_share
 from .effective_rank import LEVELS, RULES, Directions
 from .interference import Spectrum, Term, linear_weight, quadratic, spectrum_of, squared_norm, task_vector, total_of
+from .low_rank import holds_factors, is_low_rank, is_unchanged, merged_in_core
 from .registry import EXCLUDE, LAMBDA, Citation, Method, Parameter
 from .spectral import Strips, square
 from .task_arithmetic import add_task_vectors
@@ -44,8 +45,12 @@ Squares = Callable[[], tuple[Matrix, Matrix]]
 
 def merge(tensor: Tensor) -> Call | Copy | Whole:
     assert tensor.base is not None
-    if tensor["lambda"] == 0:
+    if tensor["lambda"] == 0 or is_unchanged(tensor):
         return Copy(tensor.base)
+    if tensor.ranks:
+        shape = tensor.shape[0], prod(tensor.shape[1:])
+        solved = partial(merged_in_core, function=partial(solved_in_core, options=tensor.shared, shape=shape))
+        return Whole(solved, {"base": tensor.base, "changes": tensor.changes}, strips=True)
     if _solved(tensor):
         tall = tensor.shape[0] >= prod(tensor.shape[1:]) and tensor["optimizer"] == "none"
         function = partial(solved_tall if tall else solved_wide, options=tensor.shared)
@@ -69,26 +74,41 @@ def _solved(tensor: Tensor) -> bool:
 
 def solved_wide(base: Source, models: tuple[Source, ...], options: Options) -> Iterator[Matrix]:
     """theta_0 + lambda W for a matrix (out, in) or what is flattened to one; in fp64."""
-    moved = merged_vector(base, models, options)
+    changes = _TaskVectors(base.shape, len(models), lambda: _task_vectors(base, models))
+    moved = merged_vector(changes, base.shape, options)
     moved *= options["lambda"]
     moved += base.rows(0, len(moved))
     yield moved
 
 
-def merged_vector(base: Source, models: tuple[Source, ...], options: Options) -> Matrix:
-    """W (out, in)."""
-    steps = options["optimizer"] == "adam"
-    form = quadratic(_terms(base, models), len(models) * base.shape[0], base.shape, steps)
+def solved_in_core(base: Matrix, models: tuple[Matrix, ...], options: Options, shape: tuple[int, int]) -> Matrix:
+    """lambda W of what matrices of ``shape`` are in core space, where the base is 0."""
+    changes = _TaskVectors(models[0].shape, len(models), lambda: (model.copy() for model in models))
+    return np.asarray(options["lambda"] * merged_vector(changes, shape, options))
+
+
+class _TaskVectors(NamedTuple):
+    """All tau_i, of this shape, as often as they are wanted."""
+
+    shape: tuple[int, ...]
+    models: int
+    all: Callable[[], Iterator[Matrix]]
+
+
+def merged_vector(changes: _TaskVectors, shape: tuple[int, int], options: Options) -> Matrix:
+    """W (out, in); of all directions that matrices of ``shape`` can have some are kept."""
+    steps, rows, columns = options["optimizer"] == "adam", *changes.shape
+    form = quadratic(_terms(changes.all()), changes.models * rows, (rows, columns), steps)
     spectrum = None if steps else form.spectrum()
-    start = total_of(_task_vectors(base, models))
-    start *= _start_share(options, len(models))
+    start = total_of(changes.all())
+    start *= _start_share(options, changes.models)
     if spectrum is None:
         return adam(start, form.gradient, _rate(start, options), options["iter_num"])
 
     def squares() -> tuple[Matrix, Matrix]:
         return _squares(form.pull @ spectrum.vectors), _squares(start @ spectrum.vectors)
 
-    return form.moved(start, spectrum, _shares(_rate(start, options), start.shape, spectrum, squares, options))
+    return form.moved(start, spectrum, _shares(_rate(start, options), shape, spectrum, squares, options))
 
 
 def _start_share(options: Options, models: int) -> float:
@@ -101,9 +121,9 @@ def _task_vectors(base: Source, models: tuple[Source, ...]) -> Iterator[Matrix]:
     return (task_vector(base.rows(0, rows), model.rows(0, rows)) for model in models)
 
 
-def _terms(base: Source, models: tuple[Source, ...]) -> Iterator[Term]:
+def _terms(changes: Iterator[Matrix]) -> Iterator[Term]:
     """One per model that changed this matrix."""
-    for change in _task_vectors(base, models):
+    for change in changes:
         if size := squared_norm(change):
             yield Term(1 / size, change, change)
 
@@ -231,8 +251,10 @@ def _directions(shape: tuple[int, int], spectrum: Spectrum, squares: Squares) ->
 
 def holds(tensor: Tensor) -> tuple[int, int]:
     """In turns: G with its decomposition, and the work of descent or of the filter."""
-    if not tensor.count or not _solved(tensor):
+    if not tensor.count or not _solved(tensor) or is_unchanged(tensor):
         return 1, 0
+    if tensor.ranks:
+        return holds_factors(tensor, 9, 14)
     rows, columns, size = tensor.shape[0], prod(tensor.shape[1:]), tensor.size
     side = min(columns, size * rows)
     if tensor["optimizer"] == "adam":
@@ -258,6 +280,7 @@ METHODS = (
         ),
         merge=merge,
         holds=holds,
+        low_rank=lambda tensor: is_low_rank(tensor, tensor["optimizer"] == "none" and _solved(tensor)),
         parameters=(
             LAMBDA,
             Parameter("scope", "str", "matrices", "what is solved: all matrices but the head, or those of attention "

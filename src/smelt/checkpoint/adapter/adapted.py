@@ -207,20 +207,26 @@ class AdaptedCheckpoint(Checkpoint):
 
     # --- structure ----------------------------------------------------------------------------------------
 
+    def rank(self, name: str, base: Checkpoint) -> int | None:
+        return self._rank(name) if _same(self.base, base, name) else None
+
+    def _rank(self, name: str) -> int | None:
+        """Of the sum of all changes, where each is a product."""
+        if name not in self.base.tensors or not DTYPES[self.tensors[name].dtype].arithmetic:
+            return None
+        ranks = [change.rank for entry in self._entries.get(name, ()) for change in entry.changes]
+        known = [rank for rank in ranks if rank is not None]
+        return sum(known) if len(known) == len(ranks) else None
+
     def factors(self, name: str) -> Factors | None:
-        info = self.tensors[name]
-        if name not in self.base.tensors or not DTYPES[info.dtype].arithmetic:
-            return None
-        rows, columns = info.shape[0] if info.shape else 1, prod(info.shape[1:])
-        entries = self._entries.get(name, ())
-        if not entries:
-            return Factors(np.empty((rows, 0), np.float32), np.empty((0, columns), np.float32), 1.0)
-        if not all(entry.additive for entry in entries):
-            return None
-        pairs = zip(entries, self._chain(name), strict=True)
+        shape, rank = self.tensors[name].shape, self._rank(name)
+        if not rank:
+            rows, columns = shape[0] if shape else 1, prod(shape[1:])
+            nothing = Factors(np.empty((rows, 0), np.float32), np.empty((0, columns), np.float32), 1.0)
+            return None if rank is None else nothing
+        pairs = zip(self._entries[name], self._chain(name), strict=True)
         steps = [(entry.weight, step) for entry, steps in pairs for step in steps]
-        products = [(weight * step.scale, step) for weight, step in steps if isinstance(step, Products)]
-        return _joined(products) if all(isinstance(s, Products) and len(s.left) == 1 for _, s in steps) else None
+        return _joined([(weight * step.scale, step) for weight, step in steps if isinstance(step, Products)])
 
     def files(self) -> list[FileIdentity]:
         found = {file.path: file for source in self._sources() for file in source.files()}
@@ -239,6 +245,14 @@ class AdaptedCheckpoint(Checkpoint):
 
     def _sources(self) -> list[Checkpoint]:
         return [self.base, *(adapter.file for adapter in self._adapters)]
+
+
+def _same(one: Checkpoint, other: Checkpoint, name: str) -> bool:
+    """Whether two checkpoints have a tensor from the same place of the same files, or are one."""
+    if one is other:
+        return True
+    files = type(one) is type(other) and one.tensors.get(name) == other.tensors.get(name) and one.files()
+    return bool(files) and files == other.files()
 
 
 def _apply(steps: Sequence[Step], start: int, out: Floats, weight: float = 1.0) -> None:

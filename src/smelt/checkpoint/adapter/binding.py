@@ -50,11 +50,15 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Change:
-    """One step on one tensor: ``make`` reads what it needs. ``value``: it replaces the whole tensor instead."""
+    """One step on one tensor: ``make`` reads what it needs. ``value``: it replaces the whole tensor instead.
+
+    ``rank``: of the single product that it adds, where that is what it does.
+    """
 
     make: Callable[[], Step] | None
     value: TensorInfo | None = None
     additive: bool = True
+    rank: int | None = None
 
 
 Changes = Mapping[str, list[Change]]
@@ -137,7 +141,7 @@ class _Binder:
             yield name, self._experts(name, update)
             return
         swapped = self._swapped(name, update)
-        yield name, Change(partial(self._product, update, swapped))
+        yield name, Change(partial(self._product, update, swapped), rank=update.rank)
         if update.magnitude is not None:
             width = prod(self._shapes[name][1:])
             norms = partial(self._norms, update.magnitude, 1 if swapped else 0, width)
@@ -180,7 +184,7 @@ class _Binder:
         if not any(fits.values()):
             raise self._unfit(name, update.a, (update.experts, rows, columns))
         swapped = has_transposed_experts(self._base.config) if all(fits.values()) else fits[True]
-        return Change(partial(self._stacked, update, swapped))
+        return Change(partial(self._stacked, update, swapped), rank=update.rank if update.experts == 1 else None)
 
     def _stacked(self, update: LowRank, swapped: bool) -> Step:
         left, right = self._by_expert(update)
@@ -205,7 +209,7 @@ class _Binder:
                 )
             first = 0
             for name, size in zip(names, sizes, strict=True):
-                yield name, Change(partial(self._part, update, expert, slice(first, first + size[0])))
+                yield name, Change(partial(self._part, update, expert, slice(first, first + size[0])), rank=update.rank)
                 first += size[0]
 
     def _part(self, update: LowRank, expert: int, rows: slice) -> Step:
@@ -223,7 +227,7 @@ class _Binder:
         sizes = update.pool_b.shape[0] * pieces, update.pool_a.shape[1] * pieces
         told = bool(is_transposed_layer(update.module, self._base.config))
         swapped = self._oriented(name, update.pool_a, sizes, told)
-        yield name, Change(partial(self._gathered, update, swapped))
+        yield name, Change(partial(self._gathered, update, swapped), rank=update.rank)
 
     def _gathered(self, update: Shards, swapped: bool) -> Step:
         """The ordinary factors that the shards make up."""
@@ -264,7 +268,9 @@ class _Binder:
         if not any(fits.values()):
             raise self._unfit(name, update.core, (outputs, inputs, *kernel))
         told = bool(is_transposed_layer(update.module, self._base.config))
-        yield name, Change(partial(self._core_times_factors, update, told if fits[told] else fits[True]))
+        swapped = told if fits[told] else fits[True]
+        rank = update.factors[0 if swapped else 1].shape[1]
+        yield name, Change(partial(self._core_times_factors, update, swapped), rank=rank)
 
     def _core_times_factors(self, update: Tucker, swapped: bool) -> Step:
         """The factor of the first axis of the tensor, and all others put into the core."""
