@@ -25,7 +25,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
-from benchmarks import matrix_model
+from benchmarks import matrix_adapters, matrix_model
 
 SHAPES = ("1024x1024", "896x4864", "4864x896")
 TASKS = 4
@@ -212,6 +212,17 @@ at a time where two do not fit. Peak memory is the kernel's count, mapped files 
 
 """
 
+ADAPTERS_TEXT = """
+## Adapters of one base
+
+Made by `python -m benchmarks.matrix_adapters` ({date}), each merge a process of its own: a base of Qwen2.5-0.5B's
+shapes (hidden size 896, feed-forward 4864, 151936 tokens, bfloat16), whole or cut to a single layer, and four
+adapters of rank 16 on all linear layers. "factors": the recipe names base+adapter, and the matrices of the models are
+never made. "models": the same adapters folded into the base beforehand, which is not timed. Times hold the start of
+the program and the copy of the embedding.
+
+"""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time matrix methods against the straightforward way.")
@@ -235,10 +246,13 @@ def main() -> None:
     if not options.report:
         _measure_all(options)
     rows = [json.loads(path.read_text()) for path in sorted(options.records.glob("*.json"))]
-    models = [row for row in rows if "model" in row]
+    models = [row for row in rows if "model" in row and "way" not in row]
+    adapters = [row for row in rows if "way" in row]
     text = PAGE_TEXT + table([row for row in rows if "method" in row]) + "\n"
     if models:
         text += MODEL_TEXT.format(date=max(row["date"] for row in models)) + matrix_model.table(models) + "\n"
+    if adapters:
+        text += ADAPTERS_TEXT.format(date=max(row["date"] for row in adapters)) + matrix_adapters.table(adapters) + "\n"
     Path(__file__).with_name("MATRIX.md").write_text(text)
 
 

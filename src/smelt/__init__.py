@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         merge,
         merge_tensors,
         plan,
+        regmean_plus_plus,
         remove_leftovers,
         reproduce,
         restore_task,
@@ -47,16 +48,16 @@ if TYPE_CHECKING:
 __all__ = [
     "Artifact", "Checkpoint", "InputRejected", "MissingExtra", "OperationFailed", "Plan", "SmeltError", "Soup",
     "UsageError", "__version__", "check", "choose_lambdas", "convert", "extract_delta", "extract_lora", "greedy_soup",
-    "leftovers", "load", "merge", "merge_lora", "merge_tensors", "methods", "plan", "remove_leftovers", "reproduce",
-    "restore_task", "stack", "transplant_tokenizer", "verify",
+    "leftovers", "load", "merge", "merge_lora", "merge_tensors", "methods", "plan", "regmean_plus_plus",
+    "remove_leftovers", "reproduce", "restore_task", "stack", "transplant_tokenizer", "verify",
 ]  # fmt: skip
 
 _HOMES = {
     "Artifact": "engine", "Checkpoint": "checkpoint", "Plan": "engine", "Soup": "engine", "check": "diagnosis",
     "choose_lambdas": "engine", "convert": "conversion", "extract_delta": "adapters", "extract_lora": "adapters",
     "greedy_soup": "engine", "leftovers": "engine", "load": "checkpoint", "merge": "engine", "merge_lora": "adapters",
-    "merge_tensors": "engine", "plan": "engine", "remove_leftovers": "engine", "reproduce": "engine",
-    "restore_task": "engine", "stack": "stacking",
+    "merge_tensors": "engine", "plan": "engine", "regmean_plus_plus": "engine",
+    "remove_leftovers": "engine", "reproduce": "engine", "restore_task": "engine", "stack": "stacking",
     "transplant_tokenizer": "transplant", "verify": "engine",
 }  # fmt: skip
 

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .layerwise import regmean_plus_plus
     from .memory import merge_tensors
     from .planning import Plan
     from .reproduction import Reproduction, reproduce
@@ -18,14 +19,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Artifact", "Leftover", "Plan", "Reproduction", "Soup", "choose_lambdas", "greedy_soup", "leftovers", "merge",
-    "merge_tensors", "plan", "remove_leftovers", "reproduce", "restore_task", "verify",
+    "merge_tensors", "plan", "regmean_plus_plus", "remove_leftovers", "reproduce", "restore_task", "verify",
 ]  # fmt: skip
 
 _HOMES = {
     "Artifact": "run", "Leftover": "residue", "Plan": "planning", "Reproduction": "reproduction", "Soup": "selection",
     "choose_lambdas": "selection", "greedy_soup": "selection", "leftovers": "residue", "merge": "run",
-    "merge_tensors": "memory", "plan": "stages", "remove_leftovers": "residue", "reproduce": "reproduction",
-    "restore_task": "restore", "verify": "verification",
+    "merge_tensors": "memory", "plan": "stages", "regmean_plus_plus": "layerwise",
+    "remove_leftovers": "residue", "reproduce": "reproduction", "restore_task": "restore", "verify": "verification",
 }  # fmt: skip
 
 

@@ -96,7 +96,7 @@ class CheckpointOperand:
         if not (np.isfinite(found.left).all() and np.isfinite(found.right).all()):
             raise OperationFailed(f"{self.label}: tensor {show(self.name)}: the adapter's factors hold NaN or Inf")
         if self._ledger is not None:
-            parts = (found.left.tobytes(), found.right.tobytes(), repr(found.scaling).encode())
+            parts = (found.left.tobytes(), found.right.tobytes(), np.float64(found.scaling).tobytes())
             self._ledger.remember(self.label, self.name, xxhash.xxh3_128_hexdigest(b"".join(parts)))
         return found
 

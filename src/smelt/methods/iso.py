@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from ..kernels.program import Call, Copy, Whole
-from .low_rank import holds_factors, is_low_rank, is_unchanged, merged_in_core
+from .low_rank import holds_core, is_low_rank, is_unchanged, merged_in_core
 from .registry import EXCLUDE, Citation, Method, Parameter
 from .spectral import Matrix, Triplets, combined, spectrum_and_polar, triplets
 from .task_matrices import ALPHA, AVERAGE, TOLERANCE, averaged, delta_of, held, is_matrix
@@ -111,7 +111,7 @@ def holds(tensor: Tensor) -> tuple[int, int]:
     if not is_matrix(tensor) or is_unchanged(tensor):
         return 1, 0
     if tensor.ranks:
-        return holds_factors(tensor, 9, 14)
+        return holds_core(tensor)
     operands = 4 * (tensor.size + 1)
     return held(tensor, operands + 25, 4.5) if tensor.variant == "iso_c" else held(tensor, operands + 48, 10.6)
 

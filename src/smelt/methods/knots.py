@@ -130,7 +130,9 @@ def survey(model: Model) -> Steps:
     if not chosen or model["scope"] == "tensor" or model["density"] == 1:
         return None
     histograms = yield tuple(_looked_at(tensor, _histogram) for tensor in chosen)
-    counts = np.add.reduce(histograms)[0]
+    counts = np.zeros((model.size, _BINS), np.int64)
+    for index, count in histograms:
+        counts.reshape(-1)[index] += count
     places = [_place(line, model["density"]) for line in counts]
     bins = tuple(bin for bin, _ in places)
     found = yield tuple(_looked_at(tensor, partial(_in_bins, bins=bins)) for tensor in chosen)
@@ -161,9 +163,10 @@ def _nth(magnitudes: npt.NDArray[np.float64], rank: int) -> float:
 
 
 def _histogram(coordinates: tuple[Coordinates, ...]) -> npt.NDArray[np.int64]:
-    """(1, T, bins): how many coordinates of each task have these upper bits."""
-    uppers = (_bits(c) >> _SHIFT for c in coordinates)
-    return np.stack([np.bincount(upper, minlength=_BINS) for upper in uppers])[None]
+    """(2, any number): task and upper bits as one number, and how many coordinates have these."""
+    counts = np.concatenate([np.bincount(_bits(own) >> _SHIFT, minlength=_BINS) for own in coordinates])
+    index = np.flatnonzero(counts)
+    return np.stack([index, counts[index]])
 
 
 def _in_bins(coordinates: tuple[Coordinates, ...], bins: tuple[int, ...]) -> npt.NDArray[np.float64]:
@@ -285,13 +288,17 @@ def together(coordinates: Any, bars: Any, elect: bool, mean: bool) -> Any:
 
 
 def holds(tensor: Tensor) -> tuple[int, int]:
-    """The operands and the coordinates in fp32; in fp64 the deltas, the joint vectors and their Gram matrix."""
+    """The operands and the coordinates in fp32; in fp64 the deltas, the joint vectors and their Gram matrix.
+
+    Of factors the shared rows, and the deltas in them.
+    """
     if not is_aligned(tensor) or is_unchanged(tensor):
         return 1, 0
+    rows, columns = tensor.shape[::-1] if tensor["shared"] == "input" else tensor.shape
     if tensor.ranks:
-        return holds_factors(tensor, 9 + tensor.size, 8)
-    rows = tensor.shape[1 if tensor["shared"] == "input" else 0]
-    joint = tensor.size * (tensor.count // rows)
+        rank, each = sum(tensor.ranks), 12 * tensor.size + (38 if tensor["drop_rate"] else 8)
+        return holds_factors(tensor, rank * (8 * rows + each * columns + 24 * rank))
+    joint = tensor.size * columns
     if rows <= joint:
         return held(tensor, 16 * tensor.size + 21, 5, rows)
     return held(tensor, 24 * tensor.size + 21, 7, joint)

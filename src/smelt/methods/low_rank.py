@@ -41,11 +41,17 @@ def is_low_rank(tensor: Tensor, taken: bool) -> bool:
     return is_unchanged(tensor) or (taken and 2 * sum(tensor.ranks) <= min(_shape(tensor)))
 
 
-def holds_factors(tensor: Tensor, long: float, squares: float) -> tuple[int, int]:
-    """:attr:`Method.holds` in units of the factors of all models, fp64, and of matrices of all ranks."""
+def holds_factors(tensor: Tensor, work: int) -> tuple[int, int]:
+    """:attr:`Method.holds` of factors: beside them ``work`` bytes, then what the result is made of, strip by strip."""
+    factors, strip = sum(change.nbytes for change in tensor.changes), min(tensor.count, STRIP)
+    return at_most(tensor, factors + work, 3 * factors + 40 * strip)
+
+
+def holds_core(tensor: Tensor) -> tuple[int, int]:
+    """Of :func:`merged_in_core`: the singular vectors of one side after the other, and work on small matrices."""
     rows, columns = _shape(tensor)
-    rank, strip = sum(tensor.ranks), min(tensor.count, STRIP)
-    return at_most(tensor, int(8 * (long * (rows + columns) * rank + squares * rank * rank)) + 28 * strip)
+    rank = sum(tensor.ranks)
+    return holds_factors(tensor, rank * (8 * rows + 28 * max(rows, columns) + 8 * (14 + tensor.size) * rank))
 
 
 def _shape(tensor: Tensor) -> tuple[int, int]:

@@ -30,7 +30,7 @@ from ..kernels.program import Call, Copy, Whole, call
 from .descent import Matrix, adam, momentum_share
 from .interference import Term, quadratic, squared_norm, task_vector
 from .linear import weighted_sum
-from .low_rank import holds_factors, is_low_rank, is_unchanged, merged_in_core
+from .low_rank import holds_core, is_low_rank, is_unchanged, merged_in_core
 from .registry import LAMBDA, Citation, Method, Parameter
 from .spectral import triplets
 from .task_arithmetic import add_task_vectors
@@ -120,7 +120,7 @@ def holds(tensor: Tensor) -> tuple[int, int]:
     if len(tensor.shape) != 2 or not tensor.count or is_unchanged(tensor):
         return 1, 0
     if tensor.ranks:
-        return holds_factors(tensor, 9, 14)
+        return holds_core(tensor)
     return held(tensor, 20 * tensor.size + 35, 5.5)
 
 

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from ..kernels.program import Call, Copy, Operand, Output, Source, Whole, call
-from .low_rank import holds_factors, is_low_rank, is_unchanged, merged_in_core
+from .low_rank import holds_core, is_low_rank, is_unchanged, merged_in_core
 from .parts import FOR_NO_TASK, TASK, packed, task_of
 from .registry import EXCLUDE, Citation, Method, Parameter, weight_parameter
 from .spectral import (
@@ -188,7 +188,7 @@ def holds(tensor: Tensor) -> tuple[int, int]:
     if not is_truncated(tensor) or is_unchanged(tensor):
         return 1, 0
     if tensor.ranks:
-        return holds_factors(tensor, 9, 14)
+        return holds_core(tensor)
     if _fill_no_more_than(tensor):
         strips = tensor.size + (6 if in_many_strips(tensor) else 3.5)
         return at_most(tensor, held_in_strips(tensor, strips, 4), held_in_strips(tensor, 2, 9))

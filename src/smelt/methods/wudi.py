@@ -32,7 +32,7 @@ from ..kernels.program import Call, Copy, Source, Whole, call
 from .descent import Matrix, adam, momentum_share
 from .effective_rank import LEVELS, RULES, Directions
 from .interference import Spectrum, Term, linear_weight, quadratic, spectrum_of, squared_norm, task_vector, total_of
-from .low_rank import holds_factors, is_low_rank, is_unchanged, merged_in_core
+from .low_rank import holds_core, is_low_rank, is_unchanged, merged_in_core
 from .registry import EXCLUDE, LAMBDA, Citation, Method, Parameter
 from .spectral import Strips, square
 from .task_arithmetic import add_task_vectors
@@ -254,7 +254,7 @@ def holds(tensor: Tensor) -> tuple[int, int]:
     if not tensor.count or not _solved(tensor) or is_unchanged(tensor):
         return 1, 0
     if tensor.ranks:
-        return holds_factors(tensor, 9, 14)
+        return holds_core(tensor)
     rows, columns, size = tensor.shape[0], prod(tensor.shape[1:]), tensor.size
     side = min(columns, size * rows)
     if tensor["optimizer"] == "adam":

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from math import erf, sqrt
 from typing import Any
+
+import numpy as np
 
 import smelt
 
@@ -10,8 +13,10 @@ from ..case import Arrays, Inputs, Mismatch
 
 
 def regmean(inputs: Inputs, parameters: dict[str, Any]) -> Arrays:
+    if parameters.get("variant") == "regmean_plusplus":
+        return regmean_plus_plus(inputs, parameters["reduce_non_diagonal_ratio"])
     if "variant" in parameters or "operation" in parameters:
-        raise Mismatch("only the merge with given Gram matrices is known")
+        raise Mismatch("only the merge with given Gram matrices, and RegMean++, are known")
     given = dict(parameters)
     ratio = given.pop("reduce_non_diagonal_ratio")
     diagonal, average = given.pop("diagonal_only"), given.pop("regmean_exclude_regex")
@@ -24,6 +29,33 @@ def regmean(inputs: Inputs, parameters: dict[str, Any]) -> Arrays:
         parameters={"reduce_non_diagonal_ratio": 0 if diagonal else 1 if ratio is None else ratio, "average": average},
         per_model={"weight": coefficients} if coefficients else {},
     )  # fmt: skip
+
+
+def regmean_plus_plus(inputs: Inputs, ratio: float) -> Arrays:
+    """The case's network: h = x E^T, then h + fc2(gelu(fc1(norm(h)))) in each layer, in fp64."""
+
+    def embed(tensors: Arrays, x: Any) -> tuple[Any, Arrays]:
+        return x @ tensors["embed.weight"].T.astype(np.float64), {}
+
+    def layer(number: int) -> Any:
+        def run(tensors: Arrays, h: Any) -> tuple[Any, Arrays]:
+            own = {name.removeprefix(f"layers.{number}."): array for name, array in tensors.items()}
+            centred = h - h.mean(axis=-1, keepdims=True)
+            scaled = centred / np.sqrt((centred * centred).mean(axis=-1, keepdims=True) + 1e-5)
+            x = scaled * own["norm.weight"] + own["norm.bias"]
+            y = gelu(x @ own["fc1.weight"].T + own["fc1.bias"])
+            seen = {f"layers.{number}.fc1.weight": x, f"layers.{number}.fc2.weight": y}
+            return h + y @ own["fc2.weight"].T + own["fc2.bias"], seen
+
+        return run
+
+    layers = [layer(number) for number in range(sum(name.endswith("fc1.weight") for name in inputs.base))]
+    models, batches = inputs.each("model"), [[inputs.data[name]] for name in sorted(inputs.data)]
+    return smelt.regmean_plus_plus(models, batches, [embed, *layers], reduce_non_diagonal_ratio=ratio)
+
+
+def gelu(x: Any) -> Any:
+    return x * (1 + np.vectorize(erf)(x / sqrt(2))) / 2
 
 
 def weights(modules: Arrays) -> Arrays:
