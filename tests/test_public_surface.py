@@ -17,8 +17,8 @@ import smelt
 PUBLIC = [
     "Artifact", "Checkpoint", "InputRejected", "MissingExtra", "OperationFailed", "Plan", "SmeltError", "Soup",
     "UsageError", "__version__", "check", "choose_lambdas", "convert", "extract_delta", "extract_lora", "greedy_soup",
-    "leftovers", "load", "merge", "merge_lora", "merge_tensors", "methods", "plan", "remove_leftovers", "reproduce",
-    "restore_task", "stack", "transplant_tokenizer", "verify",
+    "leftovers", "load", "merge", "merge_lora", "merge_tensors", "methods", "plan", "regmean_plus_plus",
+    "remove_leftovers", "reproduce", "restore_task", "stack", "transplant_tokenizer", "verify",
 ]  # fmt: skip
 HEAVY = {"numpy", "numba", "llvmlite", "torch", "transformers", "huggingface_hub", "rich", "yaml", "ml_dtypes"}
 DOORS = ["smelt", *(f"smelt.{name}" for name in (

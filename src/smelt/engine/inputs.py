@@ -205,7 +205,7 @@ def _load(
     except AdapterGiven:
         if base is None or base.text == reference.text or reference.adapters:
             raise
-        found = open_adapter(reference.path, reference.revision, allow_pickle=allow_pickle)
+        found = open_adapter(source, reference.revision, allow_pickle=allow_pickle)
         return load_adapted(_load(base, base.text, places=places, allow_pickle=allow_pickle), [(found, 1.0)], label)
     if not reference.adapters:
         return model

@@ -176,6 +176,7 @@ class Plan:
                 "action": "merge" if output.tensor is not None else "copy", "why": output.piece.why,
                 "from": [f"{source.input.label}:{source.name}" for source in output.piece.sources],
                 "statistics": sorted(output.tensor.statistics) if output.tensor is not None else [],
+                "ranks": list(output.tensor.ranks) if output.tensor is not None else [],
                 "parameters": _shown(output.tensor),
             }
             for output in self.outputs

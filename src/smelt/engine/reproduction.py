@@ -88,7 +88,7 @@ def _places(
 
 def _named(recipe: Recipe) -> Iterator[str]:
     found = chain(recipe.references(), recipe.token_references(), recipe.statistics())
-    return (reference.path for reference in found if reference.revision is None)
+    return (path for reference in found if reference.revision is None for path in reference.paths)
 
 
 def _compared(folder: Path, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> Reproduction:

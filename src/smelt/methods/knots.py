@@ -14,7 +14,7 @@ with Delta_t = theta_t - theta_0 (m, n):
 An even vote leaves nothing, because the signs of U are arbitrary. Rounded to fp32 after the decomposition, as the
 authors do. With rule tv and density 1 this is the mean of the task vectors: only what is not linear sees coordinates.
 Matrices of attention and feed-forward blocks are merged so (those that LoRA adapts), all others take the mean of the
-deltas, times alpha.
+deltas, times alpha. Adapters of the base are aligned as factors (:mod:`smelt.methods.low_rank`).
 """
 
 from __future__ import annotations

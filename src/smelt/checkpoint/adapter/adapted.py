@@ -62,7 +62,7 @@ class AdaptedCheckpoint(Checkpoint):
     def __init__(self, base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], label: str) -> None:
         self.label, self.base = label, base
         self.config, self.folder, self.metadata = base.config, base.folder, base.metadata
-        self.parts, self.beside, self.held = base.parts, base.beside, base.held
+        self.parts, self.beside = base.parts, base.beside
         self._adapters = [adapter for adapter, _ in adapters]
         self.scratch = max(source.scratch for source in self._sources())
         revisions = [source.revision for source in self._sources()]
@@ -78,6 +78,7 @@ class AdaptedCheckpoint(Checkpoint):
             *notices,
             *(note for adapter in self._adapters for note in unused(adapter, base)),
         ]
+        self.held = base.held + sum(sorted(map(self._factor_bytes, self._entries), reverse=True)[:_KEPT])
         self._chains: OrderedDict[str, Chain] = OrderedDict()
         self._locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
         self._guard = threading.Lock()
@@ -227,6 +228,12 @@ class AdaptedCheckpoint(Checkpoint):
         pairs = zip(self._entries[name], self._chain(name), strict=True)
         steps = [(entry.weight, step) for entry, steps in pairs for step in steps]
         return _joined([(weight * step.scale, step) for weight, step in steps if isinstance(step, Products)])
+
+    def _factor_bytes(self, name: str) -> int:
+        """What the products of a tensor take while they are kept."""
+        shape = self.tensors[name].shape
+        ranks = sum(change.rank or 0 for entry in self._entries[name] for change in entry.changes)
+        return 4 * ranks * (shape[0] + prod(shape[1:])) if ranks else 0
 
     def files(self) -> list[FileIdentity]:
         found = {file.path: file for source in self._sources() for file in source.files()}
