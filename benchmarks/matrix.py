@@ -219,7 +219,7 @@ Made by `python -m benchmarks.matrix_adapters` ({date}), each merge a process of
 shapes (hidden size 896, feed-forward 4864, 151936 tokens, bfloat16), whole or cut to a single layer, and four
 adapters of rank 16 on all linear layers. "factors": the recipe names base+adapter, and the matrices of the models are
 never made. "models": the same adapters folded into the base beforehand, which is not timed. Times hold the start of
-the program and the copy of the embedding.
+the program and the copy of the embedding; where they exceed CPU seconds by much, other work ran beside.
 
 """
 
