@@ -16,6 +16,8 @@ from smelt.kernels.program import Operand, Output
 class _Collected:
     """A sink that keeps float32 values in memory."""
 
+    waiting = 0
+
     def __init__(self, count: int) -> None:
         self.values = np.full(count, np.nan, np.float32)
 

@@ -219,7 +219,7 @@ MISTAKES: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "epsilon": (A, A, {"sv_epsilon": -1}, "sv_epsilon must be 0 or more"),
     "dtype": (A, A, {"factor_dtype": "int8"}, "factor_dtype must be float32"),
     "pattern": (A, A, {"include": ["("]}, "'\\(' is not a regular expression"),
-    "memory": (A, {"a.weight": matrix(4, 4, seed=1)}, {"memory": 100}, "memory must be at least 1MiB, for module 'a'"),
+    "memory": (A, {"a.weight": matrix(4, 4, seed=1)}, {"memory": 100}, "memory must be at least 193MiB, for"),
     "equal": (A, A, {}, "nothing to extract"),
     "missing": ({}, A, {}, "tensor 'a.weight' of model is missing"),
     "shape": ({"a.weight": matrix(4, 3)}, A, {}, r"tensor 'a.weight' is \[4, 4\] in model and \[4, 3\] in base"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 
 import smelt
+from smelt.engine.memory import _survey
+from smelt.engine.reduce import reducers_for
 from smelt.errors import OperationFailed, UsageError
+from smelt.kernels.program import Rank, Top
 from smelt.methods import REQUIRED, Method
 from tests.given import save_statistics, statistics_for
 from tests.readback import values
@@ -57,6 +60,25 @@ def as_many(method: Method, models: Sequence[Arrays]) -> Sequence[Arrays]:
 
 @pytest.mark.parametrize(("method", "variant"), EVERY)
 class TestEveryMethod:
+    @pytest.fixture(autouse=True)
+    def _searches(self, method: Method, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        """In every test: no more order statistics at once than the method tells, and has counters planned for."""
+        told: list[int] = []
+        asked: list[int] = []
+
+        def surveyed(method: Method, tensors: Any, executor: Any) -> Any:
+            told.extend(method.ranks(tensor) for tensor in tensors)
+            return _survey(method, tensors, executor)
+
+        def counted(requests: Sequence[Any], threads: int) -> Any:
+            asked.append(sum(isinstance(request, Rank | Top) for request in requests))
+            return reducers_for(requests, threads)
+
+        monkeypatch.setattr("smelt.engine.memory._survey", surveyed)
+        monkeypatch.setattr("smelt.engine.execute.reducers_for", counted)
+        yield
+        assert max(asked, default=0) <= max(told, default=0) or not told
+
     def test_keeps_names_shapes_and_types(self, method: Method, variant: str) -> None:
         out = run(method, variant, as_many(method, [X, Y]))
         assert {name: (a.dtype, a.shape) for name, a in out.items()} == {n: (a.dtype, a.shape) for n, a in X.items()}

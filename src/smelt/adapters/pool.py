@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
+from ..engine.options import BASELINE
 from ..engine.progress import Progress
 from ..errors import UsageError, show
 from ..kernels.blas import one_thread
@@ -27,13 +28,13 @@ def for_each(
     """``make`` of every module, in order; matrix routines inside run on one thread each.
 
     ``needs`` is the memory that one takes, ``nbytes`` what it counts for in the progress. UsageError where a single
-    module needs more than ``memory``.
+    module needs more than ``memory``, which is that of the whole process.
     """
     sizes = {module.name: needs(module) for module in modules}
     largest = max(sizes, key=sizes.__getitem__)
     most = max(1, sizes[largest])
-    if most > memory:
-        raise UsageError(f"memory must be at least {-(-most >> 20)}MiB, for module {show(largest)}")
+    if most + BASELINE > memory:
+        raise UsageError(f"memory must be at least {-(-(most + BASELINE) >> 20)}MiB, for module {show(largest)}")
     progress.start(sum(map(nbytes, modules)), label)
 
     def made(module: T) -> R:
@@ -42,7 +43,7 @@ def for_each(
         return result
 
     try:
-        with one_thread(), ThreadPoolExecutor(min(threads, memory // most), "smelt") as pool:
+        with one_thread(), ThreadPoolExecutor(min(threads, (memory - BASELINE) // most), "smelt") as pool:
             return list(pool.map(made, modules))
     finally:
         progress.finish()

@@ -14,26 +14,37 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from math import inf
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from ..kernels.program import Bits, Call, Copy, Number, Operand, Output, Request, Whole, row_length
+from ..kernels.dtypes import DTYPES
+from ..kernels.program import Bits, ByRow, Call, Copy, Number, Operand, Output, Request, Whole, row_length
 from .device import Mapper
 from .progress import Progress, Silent
 from .quota import Quotas
-from .reduce import Reducer, reducer_for
+from .reduce import Reducer, reducers_for
 from .tiles import TILE, BufferPool, Tile, rows_of, tiles_of
 from .whole import run_rows, run_whole
+
+#: Tiles per thread that are handed out at a time: enough while the coordinator is busy.
+_FLYING = 16
+
+#: Bytes of results that may wait in the sink where no budget says.
+_AHEAD = 1 << 28
 
 Steps = Generator[tuple[Request, ...], list[Any], Any]
 Task = Callable[[Tile], Any]
 
 
 class Sink(Protocol):
-    """Where output tensors go."""
+    """Where output tensors go. ``waiting``: bytes of arrays that are not released yet."""
+
+    @property
+    def waiting(self) -> int: ...
 
     def write(self, name: str, start: int, array: npt.NDArray[Any], release: Callable[[], None]) -> None:
         """Store elements from ``start`` on; call ``release`` when the array is no longer needed."""
@@ -64,25 +75,43 @@ class _Live:
     reducers: list[Reducer] = field(default_factory=list)
     partials: dict[int, Any] = field(default_factory=dict)
     quotas: Quotas = field(default_factory=Quotas)
+    width: int = 0  # bytes per element that its tiles write
     pending: int = 0
     after: Callable[[], None] = lambda: None
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """A matrix that is run when there is room for what it needs."""
+
+    live: _Live
+    needed: int
+    task: Task
+    after: Callable[[], None]
 
 
 class Executor:
     """Runs jobs on ``threads`` threads, each holding one tile at a time, or a matrix.
 
     Matrices whose functions hold more than ``memory`` bytes together wait for each other, the largest go first;
-    one always runs.
+    one always runs. What a survey makes of a tensor as a whole holds what ``needs`` tells of its first operand.
+    No tile is begun whose result would wait in the sink beside ``ahead`` bytes.
     """
 
     def __init__(
-        self, sink: Sink, mapper: Mapper, *, threads: int, memory: float = inf, progress: Progress | None = None
-    ) -> None:
+        self, sink: Sink, mapper: Mapper, *, threads: int, memory: float = inf, ahead: float = _AHEAD,
+        needs: Callable[[Operand], int] = lambda operand: 0, progress: Progress | None = None,
+    ) -> None:  # fmt: skip
         self._sink = sink
         self._mapper = mapper
         self._threads = threads
         self._memory = memory
-        self._waiting: list[tuple[_Live, Whole]] = []
+        self._ahead = ahead
+        self._needs = needs
+        self._queue: deque[tuple[_Live, int, Task]] = deque()
+        self._flying = 0
+        self._making = 0
+        self._waiting: list[_Waiting] = []
         self._held: list[int] = []
         self._most_live = 2 * threads + 2
         self._progress = progress or Silent()
@@ -112,17 +141,20 @@ class Executor:
     @property
     def _started(self) -> int:
         """Jobs in flight that hold something: a matrix that waits holds nothing but what a pass has found for it."""
-        return len(self._live) - sum(live.steps is None for live, _ in self._waiting)
+        return len(self._live) - sum(each.live.steps is None for each in self._waiting)
 
     def _start_waiting(self) -> None:
         """Submit matrices, the largest that fits first: no more than there are threads, so that what runs is known."""
-        for live, output in sorted(self._waiting, key=lambda each: -each[0].job.memory):
-            needed = live.job.memory
-            fits = len(self._held) < self._threads and sum(self._held) + needed <= self._memory
+        for each in sorted(self._waiting, key=lambda each: -each.needed):
+            fits = len(self._held) < self._threads and sum(self._held) + each.needed <= self._memory
             if fits or not self._held:
-                self._waiting.remove((live, output))
-                self._held.append(needed)
-                self._submit(live, self._whole(live.job, output), self._end_whole(live))
+                self._waiting.remove(each)
+                self._held.append(each.needed)
+                self._submit(each.live, each.task, partial(self._let_go, each))
+
+    def _let_go(self, held: _Waiting) -> None:
+        self._held.remove(held.needed)
+        held.after()
 
     def _start(self, job: Job) -> None:
         if not job.count:
@@ -147,7 +179,7 @@ class Executor:
             except StopIteration as end:
                 self._finish(live, end.value)
                 return
-            live.reducers = [reducer_for(request) for request in requests]
+            live.reducers = reducers_for(requests, self._threads)
             live.partials = {-1: None}
         waiting = [reducer for reducer in live.reducers if not reducer.done]
         row = _row(waiting[0])
@@ -173,16 +205,17 @@ class Executor:
         job = live.job
         if isinstance(output, Whole) and output.by_rows:
             live.tiles = self._tiles(job.count, row_length(job.inputs[0].shape))
+            live.width = DTYPES[job.dtype].bits // 8
             self._submit(live, lambda tile: run_rows(output, job, tile, self._sink, self._buffers), self._end(live))
         elif isinstance(output, Whole):
             live.tiles = [Tile(0, job.count, self._buffers)]
-            self._waiting.append((live, output))
+            self._waiting.append(_Waiting(live, job.memory, self._whole(job, output), self._end(live)))
         elif isinstance(output, Number):
             live.tiles = [Tile(0, 1, self._buffers)]
             self._submit(live, lambda tile: self._write_number(job, output.value), self._end(live))
         else:
             live.tiles = self._tiles(job.count, output.row if isinstance(output, Call) else None)
-            quotas = live.quotas
+            live.width, quotas = DTYPES[job.dtype].bits // 8, live.quotas
             task = self._pack(job, output, quotas) if isinstance(output, Bits) else self._map(job, output, quotas)
             self._submit(live, task, self._end(live))
 
@@ -222,15 +255,6 @@ class Executor:
 
         return after
 
-    def _end_whole(self, live: _Live) -> Callable[[], None]:
-        end = self._end(live)
-
-        def after() -> None:
-            self._held.remove(live.job.memory)
-            end()
-
-        return after
-
     # --- tiles ------------------------------------------------------------------------------------------
 
     def _submit(self, live: _Live, task: Task, after: Callable[[], None]) -> None:
@@ -238,8 +262,19 @@ class Executor:
         live.partials, live.pending, live.after = {}, len(live.tiles), after
         if not live.tiles:
             after()
-        for index, tile in enumerate(live.tiles):
-            self._pool.submit(self._run, live, index, tile, task)
+        self._queue.extend((live, index, task) for index in range(len(live.tiles)))
+        self._hand_out()
+
+    def _hand_out(self) -> None:
+        """Give the pool tiles in order: enough to do, and no more results than the sink may hold."""
+        while self._queue and self._flying < _FLYING * self._threads:
+            live, index, task = self._queue[0]
+            made = live.tiles[index].count * live.width
+            if made and self._flying and self._sink.waiting + self._making + made > self._ahead:
+                return
+            self._queue.popleft()
+            self._flying, self._making = self._flying + 1, self._making + made
+            self._pool.submit(self._run, live, index, live.tiles[index], task)
 
     def _run(self, live: _Live, index: int, tile: Tile, task: Task) -> None:
         """Runs on a thread of the pool; never raises."""
@@ -258,6 +293,8 @@ class Executor:
         live, index, result, error = self._done.get()
         if error is not None:
             raise error
+        self._flying, self._making = self._flying - 1, self._making - live.tiles[index].count * live.width
+        self._hand_out()
         live.partials[index] = result
         live.pending -= 1
         if not live.pending:
@@ -273,7 +310,7 @@ class Executor:
                 requests = steps.send(results)  # type: ignore[arg-type]
             except StopIteration as end:
                 return end.value
-            reducers = [reducer_for(request) for request in requests]
+            reducers = reducers_for(requests, self._threads)
             while active := [reducer for reducer in reducers if not reducer.done]:
                 self._survey_pass(active)
             results = [reducer.result for reducer in reducers]
@@ -286,6 +323,7 @@ class Executor:
                 groups.setdefault((id(call.operands()[0]), reducer.row(call)), []).append((reducer, call))
         lives = [self._survey_group(pairs) for pairs in groups.values()]
         while any(live.pending for live in lives):
+            self._start_waiting()
             self._collect()
         found = _partials(lives, groups.values())
         for reducer in active:
@@ -295,8 +333,20 @@ class Executor:
         reducer, call = pairs[0]
         job = Job("", "F32", call.count, call.operands(), lambda: call)
         live = _Live(job, self._tiles(job.count, reducer.row(call)))
-        self._submit(live, _pass_over(pairs, live.quotas), lambda: None)
+        task = _pass_over(pairs, live.quotas)
+        needed = self._needs(_first_read(call)) if reducer.row(call) == job.count else 0
+        if needed:
+            live.pending = len(live.tiles)
+            self._waiting.append(_Waiting(live, needed, task, lambda: None))
+        else:
+            self._submit(live, task, lambda: None)
         return live
+
+
+def _first_read(call: Call) -> Operand:
+    """The first operand that is not computed from others."""
+    operand = call.operands()[0]
+    return _first_read(operand.call) if isinstance(operand, ByRow) else operand
 
 
 def _row(reducer: Reducer) -> int | None:
@@ -305,8 +355,14 @@ def _row(reducer: Reducer) -> int | None:
 
 
 def _pass_over(pairs: Sequence[tuple[Reducer, Call]], quotas: Quotas) -> Task:
-    """The partial results of one tile, in the order of ``pairs``."""
-    return lambda tile: [reducer.tile(quotas.resolved(call, tile), tile) for reducer, call in pairs]
+    """The partial results of one tile, in the order of ``pairs``; each tile begins with another of them."""
+
+    def task(tile: Tile) -> list[Any]:
+        turn = tile.start // TILE % len(pairs)
+        found = [reducer.tile(quotas.resolved(call, tile), tile) for reducer, call in (*pairs[turn:], *pairs[:turn])]
+        return [*found[len(pairs) - turn :], *found[: len(pairs) - turn]]
+
+    return task
 
 
 def _partials(lives: Iterable[_Live], groups: Iterable[list[tuple[Reducer, Call]]]) -> dict[int, list[tuple[int, Any]]]:

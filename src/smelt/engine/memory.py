@@ -131,6 +131,8 @@ def _warn(message: str) -> None:
 class ArraySink:
     """Collects output tensors in memory, as stored."""
 
+    waiting = 0
+
     def __init__(self) -> None:
         self.arrays: dict[str, tuple[str, tuple[int, ...], npt.NDArray[Any]]] = {}
 

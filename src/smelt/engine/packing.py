@@ -50,6 +50,10 @@ class PackingSink:
     def __exit__(self, *exception: object) -> None:
         self._open.close()
 
+    @property
+    def waiting(self) -> int:
+        return self._sink.waiting
+
     def write(self, name: str, start: int, array: npt.NDArray[Any], release: Callable[[], None]) -> None:
         if name not in self._forms:
             self._sink.write(name, start, array, release)

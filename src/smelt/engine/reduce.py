@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
@@ -43,11 +45,17 @@ class Reducer(Protocol):
         """Combine one pass."""
 
 
-def reducer_for(request: Request) -> Reducer:
+def reducers_for(requests: Sequence[Request], threads: int) -> list[Reducer]:
+    """A reducer for each request of one pass, which ``threads`` threads make."""
+    ranks = sum(isinstance(request, Rank | Top) for request in requests)
+    return [_reducer(request, copies_of(ranks, threads)) for request in requests]
+
+
+def _reducer(request: Request, copies: int) -> Reducer:
     if isinstance(request, Rank):
-        return RankReducer(request)
+        return RankReducer(request, copies)
     if isinstance(request, Top):
-        return TopReducer(request)
+        return TopReducer(request, copies)
     if isinstance(request, Rows):
         return RowsReducer(request)
     return SumReducer(request)
@@ -55,6 +63,20 @@ def reducer_for(request: Request) -> Reducer:
 
 #: Elements of a sample that sets the first window of a rank search.
 _SAMPLE = 1 << 15
+
+#: Of so many elements all magnitudes are the sample.
+SAMPLED_WHOLE = 4 * _SAMPLE
+
+
+def copies_of(ranks: int, threads: int) -> int:
+    """How many threads may count for one of so many searches at once: each finds one that has room."""
+    return -(-threads // max(1, ranks))
+
+
+def counters(ranks: int, threads: int) -> int:
+    """Bytes that so many searches at once count in: those of one tensor, while some threads are at the next one's."""
+    copies = copies_of(ranks, threads)
+    return 4 * MAX_BINS * ranks * (copies + min(copies, threads - 1))
 
 
 class _Counters:
@@ -78,33 +100,75 @@ class _Counters:
 _COUNTERS = _Counters()
 
 
+class _Histograms:
+    """The counters of one pass of a search: at most ``copies``, so a thread may have to wait for another's."""
+
+    def __init__(self, bins: int, copies: int) -> None:
+        self._bins = bins
+        self._room = threading.Semaphore(copies)
+        self._free: list[npt.NDArray[np.uint32]] = []
+
+    @contextmanager
+    def lent(self) -> Iterator[npt.NDArray[np.uint32]]:
+        with self._room:
+            try:
+                counts = self._free.pop()
+            except IndexError:
+                counts = _COUNTERS.take(self._bins)
+            yield counts
+            self._free.append(counts)
+
+    def total(self, wide: bool) -> npt.NDArray[Any]:
+        """All counts in one, once all are back; they may be added up in any order."""
+        first, *others = self._free
+        counts: npt.NDArray[Any] = first.astype(np.int64) if wide else first
+        for other in others:
+            counts += other
+        return counts
+
+    def give_back(self) -> None:
+        for used in self._free:
+            _COUNTERS.give(used)
+        self._free.clear()
+
+
 class RankReducer:
     """Exact k-th smallest magnitude: a sampling pass, then counting passes (:mod:`smelt.kernels.order`).
 
-    A NaN is no error here: the pass that makes the output finds it, and says in which tensor of which model.
+    Up to ``copies`` threads count at once. A NaN is no error here: the pass that makes the output finds it, and says
+    in which tensor of which model.
     """
 
-    def __init__(self, request: Rank) -> None:
+    def __init__(self, request: Rank, copies: int = 1) -> None:
         self.calls = request.calls
         self.done = False
         self.result: Any = 0.0
         self._population = sum(call.count for call in self.calls)
-        tiles = sum(-(-call.count // TILE) for call in self.calls)
-        self._runs = max(1, 2 // tiles)
-        self._run = self._population if self._population <= 4 * _SAMPLE else max(64, _SAMPLE // (tiles * self._runs))
-        self._sampled = False
+        self._tiles = sum(-(-call.count // TILE) for call in self.calls)
+        self._runs = max(1, 2 // self._tiles)
+        enough = max(64, _SAMPLE // (self._tiles * self._runs))
+        self._run = self._population if self._population <= SAMPLED_WHOLE else enough
+        self._sampled = self._found = False
         self._search = RankSearch(request.rank, _bits(self.calls[0]))
-        self._counts: dict[int, npt.NDArray[np.uint32]] = {}
-        self._lock = threading.Lock()
+        self._copies, self._lock = copies, threading.Lock()
 
     def row(self, call: Call) -> int | None:
         return None
 
     def tile(self, call: Call, tile: Tile) -> Any:
+        """Counts; the last tile of a pass ends it, so that its counters are free at once."""
         if not self._sampled:
             return self._sample(call, tile)
         search = self._search
-        return run_count(call, tile, tile.start, tile.count, search.low, search.width, self._counters())
+        with self._histograms.lent() as counts:
+            below = run_count(call, tile, tile.start, tile.count, search.low, search.width, counts)
+        with self._lock:
+            self._below += below
+            self._left -= 1
+            last = not self._left
+        if last:
+            self._combine()
+        return None
 
     def _sample(self, call: Call, tile: Tile) -> npt.NDArray[Any]:
         """Magnitudes from a few places of the tile, because rows differ; of a small tensor all."""
@@ -116,34 +180,29 @@ class RankReducer:
             [run_magnitudes(call, tile.window(first, self._run), tile.start + first, self._run) for first in firsts]
         )
 
-    def _counters(self) -> npt.NDArray[np.uint32]:
-        """This thread's own counters: counts may be added up in any order."""
-        thread = threading.get_ident()
-        if thread not in self._counts:
-            counts = _COUNTERS.take(self._search.bins)
-            with self._lock:
-                self._counts[thread] = counts
-        return self._counts[thread]
+    def _count(self) -> None:
+        """Begin a counting pass."""
+        self._histograms = _Histograms(self._search.bins, self._copies)
+        self._below, self._left = 0, self._tiles
+
+    def _combine(self) -> None:
+        self._found = self._search.absorb(self._below, self._histograms.total(wide=bool(self._population >> 32)))
+        self._histograms.give_back()
 
     def absorb(self, partials: Partials) -> None:
         if not self._sampled:
             self._start(np.concatenate([bits for _, bits in partials]))
-            return
-        first, *others = self._counts.values()
-        counts: npt.NDArray[Any] = first.astype(np.int64) if self._population >> 32 else first
-        for other in others:
-            counts += other
-        if self._search.absorb(sum(below for _, below in partials), counts):
+        elif self._found:
             self._end()
-        for used in self._counts.values():
-            _COUNTERS.give(used)
-        self._counts.clear()
+        else:
+            self._count()
 
     def _start(self, sample: npt.NDArray[Any]) -> None:
         """A sample that is the whole answers at once; any other sets the first window."""
         self._sampled = True
         if len(sample) < self._population:
             self._search.guess(sample, self._population)
+            self._count()
             return
         self._search.settle(sample)
         self._end()
@@ -160,8 +219,8 @@ class RankReducer:
 class TopReducer(RankReducer):
     """The same search; equal magnitudes at the bar may not all be wanted."""
 
-    def __init__(self, request: Top) -> None:
-        super().__init__(Rank(request.calls, request.call.count - request.keep + 1))
+    def __init__(self, request: Top, copies: int = 1) -> None:
+        super().__init__(Rank(request.calls, request.call.count - request.keep + 1), copies)
         self._last = request.last
 
     def _answer(self, search: RankSearch) -> Any:
@@ -190,14 +249,24 @@ class SumReducer:
         return call.row
 
     def tile(self, call: Call, tile: Tile) -> Any:
-        return run_sums(call, tile, tile.start, tile.count, self._width, self._products)
+        blocks = run_sums(call, tile, tile.start, tile.count, self._width, self._products)
+        return [_condensed(column) for column in blocks.T.tolist()]
 
     def absorb(self, partials: Partials) -> None:
         columns = self._width * (self._width + 1) // 2 if self._products else self._width
-        blocks = np.concatenate([np.zeros((0, columns)), *(part for _, part in partials)])
-        sums = [math.fsum(column) for column in blocks.T.tolist()]
+        sums = [math.fsum(chain.from_iterable(part[i] for _, part in partials)) for i in range(columns)]
         self.result = _symmetric(sums, self._width) if self._products else sums
         self.done = True
+
+
+def _condensed(values: list[float]) -> list[float]:
+    """A few numbers with exactly the same sum: each is what those before it leave, rounded."""
+    found: list[float] = []
+    rest = math.fsum(values)
+    while rest and math.isfinite(rest):
+        found.append(rest)
+        rest = math.fsum([*values, *(-each for each in found)])
+    return found if rest == 0 else [rest]
 
 
 def _symmetric(upper: list[float], width: int) -> list[list[float]]:

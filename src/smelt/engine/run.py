@@ -12,7 +12,7 @@ from typing import Any
 from .. import storage
 from ..checkpoint import Part, plan_shards
 from ..errors import InputRejected, show
-from ..kernels.program import Copy
+from ..kernels.program import Copy, Operand
 from ..methods import Model
 from ..recipe import Stage
 from .backbone import compare_backbones
@@ -231,13 +231,23 @@ def _remember(plan: Plan, sink: DiskSink, journal: Journal) -> Iterator[str]:
 def _execute(plan: Plan, sink: PackingSink, progress: Progress, warn: Callable[[str], None]) -> None:
     options = plan.options
     mapper = mapper_for(options.device, options.on_nonfinite, warn)
-    with Executor(sink, mapper, threads=options.threads, memory=plan.whole_memory, progress=progress) as executor:
+    with Executor(
+        sink, mapper, threads=options.threads, memory=plan.whole_memory, ahead=plan.ahead_memory,
+        needs=_needs(plan), progress=progress,
+    ) as executor:  # fmt: skip
         outputs = [output for output in _surveyed(plan, executor) if output.name not in sink.done]
         progress.advance(sum(output.input_bytes + output.nbytes for output in plan.outputs if output.name in sink.done))
         executor.run([_job(plan, output) for output in sorted(outputs, key=_disk_order)])
     for gathered in (source.gathered for output in plan.outputs for source in output.piece.sources):
         if gathered is not None:
             gathered.fingerprint()
+
+
+def _needs(plan: Plan) -> Callable[[Operand], int]:
+    """What a tensor takes whose operand it is, where it is held whole."""
+    merged = [(output.tensor, plan.bytes_of(output)[1]) for output in plan.outputs if output.tensor is not None]
+    known = {id(operand): whole for tensor, whole in merged for operand in (tensor.base, *tensor.models)}
+    return lambda operand: known.get(id(operand), 0)
 
 
 def _surveyed(plan: Plan, executor: Executor) -> Sequence[Output]:

@@ -1,7 +1,8 @@
 """The output on disk: tiles written in place as they come, hashed in order.
 
 Tiles of a tensor finish in any order, SHA-256 wants them in sequence: a tile that comes early waits in
-memory until its turn. Tiles are started in order, so few ever wait.
+memory until its turn. One thread hashes a tensor, so many wait where the others are faster: whoever makes
+tiles looks at how much waits.
 """
 
 from __future__ import annotations
@@ -27,10 +28,23 @@ from .tiles import TILE
 _Waiting = dict[int, tuple[npt.NDArray[Any], Callable[[], None]]]
 
 
+class _Backlog:
+    """Bytes of tiles that wait to be hashed."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self._lock = threading.Lock()
+
+    def add(self, nbytes: int) -> None:
+        with self._lock:
+            self.nbytes += nbytes
+
+
 class OrderedDigest:
     """SHA-256 of a tensor whose tiles arrive in any order. One thread hashes at a time, none waits."""
 
-    def __init__(self) -> None:
+    def __init__(self, backlog: _Backlog) -> None:
+        self._backlog = backlog
         self._hash = hashlib.sha256()
         self._next = 0
         self._waiting: _Waiting = {}
@@ -38,6 +52,7 @@ class OrderedDigest:
         self._lock = threading.Lock()
 
     def add(self, start: int, array: npt.NDArray[Any], release: Callable[[], None]) -> None:
+        self._backlog.add(array.nbytes)
         with self._lock:
             self._waiting[start] = (array, release)
             if self._busy:
@@ -56,6 +71,7 @@ class OrderedDigest:
             self._hash.update(array.data)
             self._next += len(array)
             release()
+            self._backlog.add(-array.nbytes)
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()
@@ -80,7 +96,12 @@ class DiskSink:
         self.done = done
         self._writer, self._journal = writer, journal
         self._sizes = {info.name: info.nbytes for info in tensors}
-        self._digests = {name: OrderedDigest() for name in self._sizes if name not in done}
+        self._backlog = _Backlog()
+        self._digests = {name: OrderedDigest(self._backlog) for name in self._sizes if name not in done}
+
+    @property
+    def waiting(self) -> int:
+        return self._backlog.nbytes
 
     def write(self, name: str, start: int, array: npt.NDArray[Any], release: Callable[[], None]) -> None:
         self._digests[name].add(start, self._writer.write(name, start, array), release)

@@ -181,6 +181,10 @@ def _as_ties(tensor: Tensor) -> Tensor:
     return replace(tensor, shared=shared, each=each)
 
 
+def ranks(tensor: Tensor) -> int:
+    return tensor.size if tensor["mask_strategy"] == "magnitude" or tensor["merge"] == "ties" else 0
+
+
 def passes(parameters: dict[str, Any]) -> tuple[int, int]:
     whole = {"ties": 2, "fisher": 1}.get(parameters["merge"], 0)
     return whole, 1 if parameters["mask_strategy"] == "magnitude" else 0
@@ -247,6 +251,7 @@ METHODS = (
         merge=merge,
         survey=survey,
         passes=passes,
+        ranks=ranks,
         random=True,
         keeps_excluded="model",
         parameters=(

@@ -127,6 +127,7 @@ METHODS = (
         merge=merge,
         survey=survey,
         passes=lambda parameters: (int(parameters["density"] < 1), 0),
+        ranks=lambda tensor: tensor.size,
         holds=holds,
         min_models=2,
         parameters=(

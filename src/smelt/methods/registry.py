@@ -144,10 +144,11 @@ class Method:
     ``passes`` tells, from the parameters, how often all inputs are read for the survey and how often each
     tensor is gone through for statistics. ``holds`` tells what a tensor takes in memory beside its operands and
     its result: the length of the rows that are held whole, and bytes per element of these. ``low_rank`` tells
-    whether a tensor with ``ranks`` is merged from its ``changes``, the models unread. ``keeps_excluded``
-    tells whose tensor stands where one is excluded: the base's, the model's where there is only one, or the first
-    model's. ``measure`` finds what a recipe leaves to files: from the shared parameters, a model's name in the
-    recipe and its folder, values of per-model parameters.
+    whether a tensor with ``ranks`` is merged from its ``changes``, the models unread. ``searches`` tells how many
+    order statistics (Rank, Top) are looked for at once. ``keeps_excluded`` tells whose tensor stands where one is
+    excluded: the base's, the model's where there is only one, or the first model's. ``measure`` finds what a recipe
+    leaves to files: from the shared parameters, a model's name in the recipe and its folder, values of per-model
+    parameters.
     """
 
     name: str
@@ -165,7 +166,11 @@ class Method:
     parts: Callable[[Tensor], dict[str, Output]] | None = None
     needs_layers: bool = False
     holds: Callable[[Tensor], tuple[int, int]] = lambda tensor: (1, 0)
+<<<<<<< HEAD
     low_rank: Callable[[Tensor], bool] = lambda tensor: False
+=======
+    ranks: Callable[[Tensor], int] = lambda tensor: 0
+>>>>>>> 01ed9c8 (Measure every method with real budgets; share counters, hold back results that wait to be hashed, gate what a survey holds whole)
     random: bool = False
     statistics: tuple[Statistic, ...] = ()
     variants: tuple[str, ...] = ("paper",)

@@ -371,6 +371,7 @@ METHODS = (
         merge=merge,
         survey=survey,
         passes=passes,
+        ranks=lambda tensor: tensor.size,
         min_models=0,
         parameters=(
             weight_parameter(defaults=(("paper", 1.0),)),
