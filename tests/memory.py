@@ -114,7 +114,13 @@ def weights(side: int) -> Arrays:
 
 
 def config(side: int) -> dict[str, Any]:
-    return {**CONFIG, "hidden_size": side, "intermediate_size": side, "tie_word_embeddings": True}
+    return {
+        **CONFIG,
+        "hidden_size": side,
+        "intermediate_size": side,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 2048,
+    }
 
 
 # --- budgets ------------------------------------------------------------------------------------------------
@@ -217,7 +223,7 @@ def idle_of(command: Command, out: Path) -> int:
 def holds_matrices(tree: Mapping[str, Any]) -> bool:
     plan = smelt.plan(tree, memory="64GiB", threads=1)
     plan.close()
-    return any(plan.bytes_of(output)[1] for output in plan.outputs)
+    return any(plan.budget.of(output)[1] for output in plan.outputs)
 
 
 # --- other inputs, outputs and commands ---------------------------------------------------------------------

@@ -16,7 +16,7 @@ import pytest
 
 import smelt
 from smelt.engine import execute, memory
-from smelt.engine.planning import Plan
+from smelt.engine.budget import Budget
 from smelt.errors import InputRejected, OperationFailed, UsageError
 from smelt.methods import task_matrices
 from tests.readback import values
@@ -320,10 +320,10 @@ def test_large_matrices_wait_for_each_other(family: Family, tmp_path: Path, monk
             running[0] -= 1
 
     monkeypatch.setattr(execute, "run_whole", run_whole)
-    monkeypatch.setattr(Plan, "whole_memory", property(lambda plan: 1))
+    monkeypatch.setattr(Budget, "matrices", property(lambda budget: 1))
     smelt.merge(tree, tmp_path / "apart", threads=4)
     alone, most[0] = most[0], 0
-    monkeypatch.setattr(Plan, "whole_memory", property(lambda plan: 1 << 40))
+    monkeypatch.setattr(Budget, "matrices", property(lambda budget: 1 << 40))
     smelt.merge(tree, tmp_path / "together", threads=4)
     assert (alone, most[0] > 1) == (1, True)
     assert bits(values(tmp_path / "apart")) == bits(values(tmp_path / "together"))

@@ -20,15 +20,14 @@ from ..kernels.dtypes import DTYPES
 from ..methods import Method, Tensor, get
 from ..recipe import Recipe, not_yet, parse, parse_mapping
 from .alignment import Alignment, align, truncate
+from .budget import Budget
 from .inputs import Inputs, Places
 from .layout import Layout, layout
-from .options import BASELINE, LEAST_MEMORY, SHARD_SIZE, Options
+from .options import SHARD_SIZE, Options
 from .outputs import Output, OutputMaker
 from .parameters import check_counts, parts_problems
-from .reduce import SAMPLED_WHOLE, counters
 from .settings import check_lines, check_settings, unmatched_filters, whole_model_values, with_lines
 from .side_files import id_notices, side_files
-from .tiles import TILE
 from .tokenizing import plan_tokens
 from .tokens import Tokens
 from .views import contains
@@ -114,58 +113,15 @@ class Plan:
         """What is written beside the weights, but for config, card and manifest."""
         return side_files(self.inputs.donor.checkpoint, self.tokens)
 
+    @cached_property
+    def budget(self) -> Budget:
+        """What it takes in memory, and what for."""
+        return Budget(self)
+
     @property
     def peak_memory(self) -> int:
-        """Expected resident memory in bytes: the process itself, vocabularies, tiles and matrices in flight."""
-        matrices = sorted((whole for _, whole in map(self.bytes_of, self.outputs)), reverse=True)
-        at_once = sum(matrices[: self.options.threads])
-        return self._beside_matrices + max(*matrices[:1], min(at_once, self.whole_memory))
-
-    @property
-    def whole_memory(self) -> int:
-        """Bytes that functions of whole matrices may hold together; where one needs more than that, it has to wait."""
-        return self.options.memory - self._beside_matrices
-
-    @property
-    def ahead_memory(self) -> int:
-        """Bytes of results that may wait to be hashed: what is planned for them, and what is left."""
-        return self._least_ahead + max(0, self.options.memory - self.peak_memory)
-
-    @cached_property
-    def _beside_matrices(self) -> int:
-        most = max((tile for tile, _ in map(self.bytes_of, self.outputs)), default=0)
-        vocabulary = 0 if self.tokens is None else self.tokens.memory
-        packing = 0 if self.float8 is None else self.float8.memory(self.options.threads)
-        tiles = self.options.threads * most + self._least_ahead + self._counters
-        return BASELINE + vocabulary + packing + self.inputs.scratch + tiles
-
-    @property
-    def _least_ahead(self) -> int:
-        """Two tiles of results per thread: tensors are hashed in order, by one thread each."""
-        return 2 * self.options.threads * max((self._tile_of_result(output) for output in self.outputs), default=0)
-
-    @property
-    def _counters(self) -> int:
-        """Memory of order statistics: a tensor's, or the whole model's."""
-        tensors = [output.tensor for output in self.outputs if output.tensor is not None]
-        together = sum if self.method.survey is not None else max
-        if not tensors or together(tensor.count for tensor in tensors) <= SAMPLED_WHOLE:
-            return 0
-        return counters(max(self.method.ranks(tensor) for tensor in tensors), self.options.threads)
-
-    def bytes_of(self, output: Output) -> tuple[int, int]:
-        """Memory that one thread needs: for a tile (operands, result, what is computed of some rows), for a matrix."""
-        operands = output.weight_bytes
-        beside = sum(operand.count * DTYPES[operand.dtype].bits // 8 for operand in output.statistics)
-        row, more = (1, 0) if output.tensor is None else self.method.holds(output.tensor)
-        count = output.count if output.tensor is None else output.tensor.count
-        whole = bool(more) and row >= count
-        held = min(count, TILE if whole else TILE + row - 1)
-        tile = int(held / max(1, count) * (operands + beside)) + self._tile_of_result(output) + (4 << 20)
-        return (tile, row * more) if whole else (tile + held * more, 0)
-
-    def _tile_of_result(self, output: Output) -> int:
-        return min(output.count, TILE) * DTYPES[self.dtype_made(output)].bits // 8
+        """Resident memory in bytes, at most."""
+        return self.budget.peak
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for ``--json``."""
@@ -317,7 +273,7 @@ def _planned(recipe: Recipe, method: Method, options: Options, inputs: Inputs) -
         from .float8 import float8_layout
 
         made = replace(made, float8=float8_layout(made))
-    UsageError.gather(_memory_problems(made))
+    UsageError.gather(made.budget.problems())
     return made
 
 
@@ -350,19 +306,3 @@ def _check_values(method: Method, tensors: Sequence[Tensor]) -> None:
     if not isgeneratorfunction(method.merge):
         for tensor in tensors:
             method.merge(tensor)
-
-
-def _memory_problems(made: Plan) -> list[str]:
-    """A budget that is too small: it says the least one."""
-    needed, given, threads = made.peak_memory, made.options.memory, made.options.threads
-    if needed <= given:
-        return []
-    alone = replace(made, options=replace(made.options, threads=1)).peak_memory
-    fewer = f" ({_mebibytes(alone)}MiB with one)" if alone < needed else ""
-    unit = "thread" if threads == 1 else "threads"
-    return [f"memory: {_mebibytes(needed)}MiB are needed with {threads} {unit}{fewer}, {given >> 20}MiB allowed"]
-
-
-def _mebibytes(nbytes: int) -> int:
-    """Rounded up: so much is enough. Less than the least that --memory takes would be no help."""
-    return -(-max(nbytes, LEAST_MEMORY) // (1 << 20))

@@ -232,7 +232,7 @@ def _execute(plan: Plan, sink: PackingSink, progress: Progress, warn: Callable[[
     options = plan.options
     mapper = mapper_for(options.device, options.on_nonfinite, warn)
     with Executor(
-        sink, mapper, threads=options.threads, memory=plan.whole_memory, ahead=plan.ahead_memory,
+        sink, mapper, threads=options.threads, memory=plan.budget.matrices, ahead=plan.budget.ahead,
         needs=_needs(plan), progress=progress,
     ) as executor:  # fmt: skip
         outputs = [output for output in _surveyed(plan, executor) if output.name not in sink.done]
@@ -245,7 +245,7 @@ def _execute(plan: Plan, sink: PackingSink, progress: Progress, warn: Callable[[
 
 def _needs(plan: Plan) -> Callable[[Operand], int]:
     """What a tensor takes whose operand it is, where it is held whole."""
-    merged = [(output.tensor, plan.bytes_of(output)[1]) for output in plan.outputs if output.tensor is not None]
+    merged = [(output.tensor, plan.budget.of(output)[1]) for output in plan.outputs if output.tensor is not None]
     known = {id(operand): whole for tensor, whole in merged for operand in (tensor.base, *tensor.models)}
     return lambda operand: known.get(id(operand), 0)
 
@@ -280,7 +280,7 @@ def _job(plan: Plan, output: Output) -> Job:
             return plan.method.parts(tensor)[output.part]
         return plan.method.merge(tensor)
 
-    return Job(output.name, dtype, tensor.count, operands, begin, plan.bytes_of(output)[1])
+    return Job(output.name, dtype, tensor.count, operands, begin, plan.budget.of(output)[1])
 
 
 # --- what travels with them -----------------------------------------------------------------------------

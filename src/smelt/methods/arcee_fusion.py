@@ -62,7 +62,7 @@ METHODS = (
         citation=Citation("MergeKit: arcee_fusion", "Arcee AI", "2024", "https://github.com/arcee-ai/mergekit"),
         merge=merge,
         passes=lambda parameters: (0, 2),
-        ranks=lambda tensor: 3,
+        searches=lambda tensor: 3,
         max_models=1,
     ),
 )

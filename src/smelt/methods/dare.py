@@ -181,7 +181,7 @@ def _as_ties(tensor: Tensor) -> Tensor:
     return replace(tensor, shared=shared, each=each)
 
 
-def ranks(tensor: Tensor) -> int:
+def searches(tensor: Tensor) -> int:
     return tensor.size if tensor["mask_strategy"] == "magnitude" or tensor["merge"] == "ties" else 0
 
 
@@ -251,7 +251,7 @@ METHODS = (
         merge=merge,
         survey=survey,
         passes=passes,
-        ranks=ranks,
+        searches=searches,
         random=True,
         keeps_excluded="model",
         parameters=(

@@ -123,7 +123,7 @@ METHODS = (
         merge=merge,
         survey=survey,
         passes=passes,
-        ranks=lambda tensor: 1,
+        searches=lambda tensor: 1,
         max_models=1,
         parameters=(
             Parameter("select", "str", "density", "keep a share, or what reaches a threshold",

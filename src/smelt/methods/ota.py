@@ -262,7 +262,7 @@ METHODS = (
         merge=merge,
         survey=survey,
         passes=passes,
-        ranks=lambda tensor: tensor.size if tensor["masked_task_vector_merge_method"] == "ties" else 0,
+        searches=lambda tensor: tensor.size if tensor["masked_task_vector_merge_method"] == "ties" else 0,
         base="optional",
         parameters=(
             Parameter("power", "float", 0.5, "exponent of the curvature, in steps of 2^-24", low=0, high=16,

@@ -218,7 +218,7 @@ METHODS = (
         merge=merge,
         survey=survey,
         passes=passes,
-        ranks=lambda tensor: 2 * tensor.size,
+        searches=lambda tensor: 2 * tensor.size,
         parameters=(
             Parameter("ratio", "float", 0.1, "share of each task vector that keeps a score", low=0, high=1,
                       open_low=True, defaults=(("vision", 0.05),)),

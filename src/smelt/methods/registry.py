@@ -166,11 +166,8 @@ class Method:
     parts: Callable[[Tensor], dict[str, Output]] | None = None
     needs_layers: bool = False
     holds: Callable[[Tensor], tuple[int, int]] = lambda tensor: (1, 0)
-<<<<<<< HEAD
     low_rank: Callable[[Tensor], bool] = lambda tensor: False
-=======
-    ranks: Callable[[Tensor], int] = lambda tensor: 0
->>>>>>> 01ed9c8 (Measure every method with real budgets; share counters, hold back results that wait to be hashed, gate what a survey holds whole)
+    searches: Callable[[Tensor], int] = lambda tensor: 0
     random: bool = False
     statistics: tuple[Statistic, ...] = ()
     variants: tuple[str, ...] = ("paper",)

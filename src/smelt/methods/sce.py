@@ -145,7 +145,7 @@ METHODS = (
         ),
         merge=merge,
         passes=passes,
-        ranks=lambda tensor: int(tensor["select_topk"] < 1),
+        searches=lambda tensor: int(tensor["select_topk"] < 1),
         min_models=0,
         parameters=(
             Parameter("select_topk", "float", 1.0, "share of the varying elements that is selected", low=0, high=1),

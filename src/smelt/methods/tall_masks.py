@@ -209,7 +209,7 @@ METHODS = (
         survey=survey,
         parts=parts,
         passes=passes,
-        ranks=lambda tensor: tensor.size,
+        searches=lambda tensor: tensor.size,
         parameters=(TASK, mask_parameter(when=FOR_A_TASK), *_VECTOR, EXCLUDE),
     ),
     Method(
@@ -222,7 +222,7 @@ METHODS = (
         survey=survey,
         parts=consensus_parts,
         passes=passes,
-        ranks=lambda tensor: tensor.size,
+        searches=lambda tensor: tensor.size,
         parameters=(
             mask_parameter(),
             Parameter("min_tasks", "int", None, "tasks that must use an element; by default 2, with one model 1",
