@@ -104,7 +104,11 @@ class DiskSink:
         return self._backlog.nbytes
 
     def write(self, name: str, start: int, array: npt.NDArray[Any], release: Callable[[], None]) -> None:
-        self._digests[name].add(start, self._writer.write(name, start, array), release)
+        read = self._writer.write(name, start, array)
+        if not np.may_share_memory(read, array):
+            release()
+            release = _nothing
+        self._digests[name].add(start, read, release)
 
     def finish(self, name: str) -> None:
         """Called by one thread alone."""
@@ -116,6 +120,10 @@ class DiskSink:
     def sha256(self) -> dict[str, str]:
         """Tensor name -> SHA-256 of its bytes, once all are written."""
         return {**self.done, **{name: digest.hexdigest() for name, digest in self._digests.items()}}
+
+
+def _nothing() -> None:
+    """What was lent is back already."""
 
 
 def write_tensors(
