@@ -165,33 +165,29 @@ def budgeted(command: Command, budget: int, threads: int, out: Path) -> Run:
     return run("--quiet", *command, out, f"--memory={budget}MiB", f"--threads={threads}")
 
 
-def least(command: Command, threads: int, out: Path) -> int:
-    """The least budget in MiB, as the refusals of smaller ones say."""
+def least(command: Command, threads: int, out: Path) -> tuple[int, Run]:
+    """The least budget in MiB, as the refusals of smaller ones say, and what became of the run with it."""
     lowest = 1
     while (done := budgeted(command, lowest, threads, out)).code == 2:
         named = re.search(r"(\d+)MiB are needed|at least (\d+)MiB", done.error)
         if named is None or int(named[1] or named[2]) <= lowest:
             break
         lowest = int(named[1] or named[2])
-    return lowest
+    return lowest, done
 
 
 def measured(name: str, command: Command, threads: int, idle: int, out: Path) -> Row:
     """A run with each budget."""
-    lowest = least(command, threads, out)
-    budgets, peaks, digests = (lowest, lowest * 3 // 2), list[int](), set[str]()
+    lowest, first = least(command, threads, out)
+    before, more = digest(out), lowest * 3 // 2
+    second = budgeted(command, more, threads, out)
+    problems = [done.error.splitlines()[-1] for done in (first, second) if done.code]
+    if not problems and digest(out) != before:
+        problems.append("the bytes depend on the budget")
     refused = budgeted(command, lowest - 1, threads, out)
-    problems = []
     if lowest > 1 and (refused.code != 2 or f"{lowest}MiB" not in refused.error or "\n" in refused.error):
         problems.append(f"{lowest - 1}MiB: {refused.code} {refused.error}")
-    for budget in budgets:
-        done = budgeted(command, budget, threads, out)
-        peaks.append(done.peak)
-        problems += done.error.splitlines()[-1:] if done.code else []
-        digests |= {digest(out)} if not done.code else set()
-    if len(digests) > 1:
-        problems.append("the bytes depend on the budget")
-    return Row(name, threads, idle, budgets, tuple(peaks), tuple(problems))
+    return Row(name, threads, idle, (lowest, more), (first.peak, second.peak), tuple(problems))
 
 
 def digest(folder: Path) -> str:

@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 from ..engine.options import BASELINE
 from ..engine.progress import Progress
 from ..errors import UsageError, show
-from ..kernels.blas import one_thread
+from ..kernels.blas import give_back, one_thread
 
 
 class Named(Protocol):
@@ -39,6 +39,7 @@ def for_each(
 
     def made(module: T) -> R:
         result = make(module)
+        give_back()
         progress.advance(nbytes(module))
         return result
 

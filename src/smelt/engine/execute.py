@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ..kernels.blas import give_back
 from ..kernels.dtypes import DTYPES
 from ..kernels.program import Bits, ByRow, Call, Copy, Number, Operand, Output, Request, Whole, row_length
 from .device import Mapper
@@ -35,6 +36,9 @@ _FLYING = 16
 
 #: Bytes of results that may wait in the sink where no budget says.
 _AHEAD = 1 << 28
+
+#: Of a matrix that holds more bytes the memory goes back to the system, for whichever thread is next.
+_LARGE = 1 << 24
 
 Steps = Generator[tuple[Request, ...], list[Any], Any]
 Task = Callable[[Tile], Any]
@@ -153,6 +157,8 @@ class Executor:
                 self._submit(each.live, each.task, partial(self._let_go, each))
 
     def _let_go(self, held: _Waiting) -> None:
+        if held.needed > _LARGE:
+            give_back()
         self._held.remove(held.needed)
         held.after()
 

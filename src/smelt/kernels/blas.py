@@ -1,6 +1,7 @@
 """One thread inside numpy's matrix routines, because their results depend on how many there are.
 
-Matrices are independent, so smelt runs many at once instead, each on a thread of its own.
+Matrices are independent, so smelt runs many at once instead, each on a thread of its own. The C library keeps what a
+thread has freed for that thread: after a matrix it is told to give it back.
 """
 
 from __future__ import annotations
@@ -58,3 +59,18 @@ def _controls() -> tuple[Callable[[], int], Callable[[int], None]] | None:
         if hasattr(library, get) and hasattr(library, put):
             return getattr(library, get), getattr(library, put)
     return None
+
+
+def give_back() -> None:
+    """Return freed memory to the system, where the C library (glibc) can be told to."""
+    trim = _trimmer()
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _trimmer() -> Callable[[int], int] | None:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):
+        return None
