@@ -24,7 +24,7 @@ from tests.test_kernels import Memory
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models.make(tmp_path_factory.mktemp("memory") / "models", 1024)
+    return Models.make(tmp_path_factory.mktemp("memory") / "models", 768)
 
 
 @pytest.mark.parametrize(("method", "threads"), [("breadcrumbs", 4), ("tsv", 2)])
