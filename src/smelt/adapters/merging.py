@@ -149,9 +149,10 @@ class _Merger:
         return for_each(self.pieces, self._part, label="merging", **pool)
 
     def _memory(self, piece: Piece) -> int:
-        """The factors as stored and in fp64, twice over in the decomposition; whole matrices where PEFT makes them."""
+        """At the peak, as measured: the factors as stored, in fp64 five and a half times, and squares of the ranks;
+        whole matrices where PEFT makes them."""
         (m, n), total = piece.shape, sum(piece.ranks)
-        needed = piece.nbytes + 8 * (m + n) * total * 4 + 8 * total * total * 6
+        needed = piece.nbytes + 44 * (m + n) * total + 64 * total * total
         if isinstance(self._rule, Compatible) and self._rule.combination.whole_matrices:
             short = min(m, n)
             needed += 4 * m * n * (2 * len(piece.parts) + 3) + 8 * (4 * short * short + 3 * 2048 * short)
