@@ -72,7 +72,7 @@ class Change:
 
 @dataclass(frozen=True, eq=False)
 class ByRow:
-    """An operand (F32) that is computed from whole rows of others: for outputs and Totals, not beside a Quota.
+    """An operand (F32, or F64) that is computed from whole rows of others: for outputs and Totals, not beside a Quota.
 
     ``function(**arguments)`` sees a few whole rows at a time, as that of :class:`Rows` does, and returns as many
     numbers. ``shape`` is the tensor's, or another of as many elements: its last axis is the row.
@@ -81,7 +81,7 @@ class ByRow:
     function: Callable[..., Any]
     arguments: Mapping[str, Any]
     shape: tuple[int, ...]
-    dtype: str = field(default="F32", init=False)
+    dtype: str = "F32"
 
     @property
     def count(self) -> int:

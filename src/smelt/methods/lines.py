@@ -94,7 +94,7 @@ def wrapped(method: Method, lines: Lines) -> Method:
 
     return replace(
         method, title=f"{method.title} with LiNeS", merge=merge, survey=survey, passes=passes, parts=None,
-        base="required", needs_layers=True,
+        running=None, base="required", needs_layers=True,
         low_rank=method.low_rank if lines.alpha is not None else lambda tensor: False,
     )  # fmt: skip
 

@@ -10,15 +10,18 @@ in the order given:
 3. theta = theta_0 + acc_n A / |acc_n|, A the mean over the models of |x_t|; both norms over the whole model.
 
 The paper's rescaling after every model is a factor of the sum, which singular vectors do not see, so that one at
-the end is the same. Only linear weights are projected: of token and position tables, vectors and tensors of more
-axes the deltas are added as they are. ``zero_diagonal`` also takes away all u_i v_i^T, as a later version of the
-authors' code does; singular values of zero have no such pair. The order counts; ``shuffle`` draws it from the seed.
+the end is the same. acc is rounded to float32 after every model: it can be stored there, with n and the sum of
+|x_t|, and the merge be continued later. Only linear weights are projected: of token and position tables, vectors and
+tensors of more axes the deltas are added as they are. ``zero_diagonal`` also takes away all u_i v_i^T, as a later
+version of the authors' code does; singular values of zero have no such pair. The order counts; ``shuffle`` draws it
+from the seed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import sqrt
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,10 +29,10 @@ from ..kernels.blas import one_thread
 from ..kernels.program import ByRow, Call, Copy, Operand, Totals, Whole, call
 from ..kernels.random import key_of, words
 from ..kernels.vocabulary import where
-from .registry import EXCLUDE, Citation, Method, Parameter, Steps
+from .registry import EXCLUDE, Citation, Method, Parameter, Running, Steps
 from .spectral import Matrix, triplets
 from .spectral import finite as without_gaps
-from .task_arithmetic import add_task_vectors
+from .task_arithmetic import add_scaled, add_task_vectors, sum_of
 from .task_matrices import held
 from .tensors import Model, Tensor
 
@@ -41,7 +44,8 @@ def finite(x: Any) -> Any:
 
 
 def square(x: Any) -> Any:
-    return (x * x,)
+    value = finite(x)
+    return (value * value,)
 
 
 def square_of_sum(base: Any, models: Any) -> Any:
@@ -54,17 +58,28 @@ def square_of_sum(base: Any, models: Any) -> Any:
 # --- the factor of the sum ----------------------------------------------------------------------------------
 
 
+class Known(NamedTuple):
+    """Of all models: how many there are, the sum of |x_t|, and the factor of acc_n: mean |x_t| / |acc_n|."""
+
+    models: int = 0
+    norms: float = 0.0
+    scale: float = 0.0
+
+
 def survey(model: Model) -> Steps:
-    """mean |x_t| / |acc_n|, or 0 where there is no sum."""
+    """What is known; the factor is 0 where there is no sum."""
     tensors = [tensor for tensor in model.tensors if tensor.count]
     if not tensors:
-        return 0.0
+        return Known()
     found = yield (
         *(Totals(tuple(_square_of_delta(tensor, i) for tensor in tensors)) for i in range(model.size)),
         Totals(tuple(_square_of_sum(tensor) for tensor in tensors)),
     )
-    *norms, total = (sqrt(norm) for (norm,) in found)
-    return sum(norms) / model.size / total if total > 0 else 0.0
+    *norms, length = (sqrt(norm) for (norm,) in found)
+    models, total = int(model.before.get("models", 0)) + model.size, model.before.get("norms", 0.0)
+    for norm in norms:  # one by one: sum() would round otherwise when there are more of them at once
+        total += norm
+    return Known(models, total, total / models / length if length > 0 else 0.0)
 
 
 def _square_of_delta(tensor: Tensor, index: int) -> Call:
@@ -72,15 +87,19 @@ def _square_of_delta(tensor: Tensor, index: int) -> Call:
 
 
 def _square_of_sum(tensor: Tensor) -> Call:
+    if tensor.state is not None:
+        return call(square, x=tensor.state)
     if not _is_projected(tensor):
         return call(square_of_sum, base=tensor.base, models=tensor.models)
     # The whole tensor is one row, because none of its elements is known without the others.
-    return call(square, x=ByRow(_sum_of_row, {**_given(tensor), "shape": tensor.shape}, (1, tensor.count)))
+    dtype = tensor.computed_in
+    return call(square, x=ByRow(_sum_of_row, {**_given(tensor), "shape": tensor.shape}, (1, tensor.count), dtype))
 
 
 def _is_projected(tensor: Tensor) -> bool:
     table = tensor.role is not None and tensor.role.role in ("embedding", "position")
-    return len(tensor.shape) == 2 and tensor.size > 1 and not table
+    several = tensor.size > 1 or tensor.before is not None
+    return len(tensor.shape) == 2 and several and not table
 
 
 def _given(tensor: Tensor) -> dict[str, Any]:
@@ -99,33 +118,50 @@ def _in_turn(tensor: Tensor) -> tuple[Operand, ...]:
 def _sum_of_row(base: Any, models: tuple[Any, ...], shape: tuple[int, ...], **options: Any) -> Matrix:
     start, *others = (without_gaps(x).reshape(shape) for x in (base, *models))
     with one_thread():
-        return projected_sum(start, tuple(others), **options).reshape(1, -1)
+        return np.asarray(projected_sum(start, tuple(others), **options)).reshape(1, -1)
 
 
 # --- the sum ------------------------------------------------------------------------------------------------
 
 
 def merge(tensor: Tensor) -> Call | Copy | Whole:
-    if tensor.size == 1:
+    if tensor.size == 1 and tensor.before is None:
         return Copy(tensor.models[0])
+    scale = (tensor.survey or Known()).scale
+    if tensor.state is not None:
+        return call(add_scaled, base=tensor.base, total=tensor.state, scale=scale)
     if _is_projected(tensor):
-        return Whole(merged, {**_given(tensor), "scale": tensor.survey})
-    ones = (1.0,) * tensor.size
-    return call(add_task_vectors, base=tensor.base, models=tensor.models, weights=ones, scale=tensor.survey)
+        return Whole(merged, {**_given(tensor), "scale": scale})
+    return call(add_task_vectors, base=tensor.base, models=tensor.models, weights=_ones(tensor), scale=scale)
+
+
+def state(tensor: Tensor) -> Call | Whole:
+    """acc_n."""
+    if not _is_projected(tensor):
+        return sum_of(tensor, _ones(tensor))
+    before = {} if tensor.before is None else {"before": tensor.before}
+    return Whole(projected_sum, {**_given(tensor), **before})
+
+
+def _ones(tensor: Tensor) -> tuple[float, ...]:
+    return (1.0,) * tensor.size
 
 
 def merged(base: Any, models: tuple[Any, ...], alpha: float, diagonal: bool, scale: float) -> Matrix:
     return np.asarray(base + scale * projected_sum(base, models, alpha, diagonal))
 
 
-def projected_sum(base: Any, models: tuple[Any, ...], alpha: float, diagonal: bool) -> Matrix:
-    """acc_n (m, n) of the models' matrices (m, n) in their order, in fp64."""
+def projected_sum(base: Any, models: tuple[Any, ...], alpha: float, diagonal: bool, before: Any = None) -> Any:
+    """acc_n (m, n) of the models' matrices (m, n) in their order, from ``before`` on; each acc_t is of their dtype."""
     start = np.asarray(base, np.float64)
-    total = models[0] - start
-    for model in models[1:]:
+    total = before
+    for model in models:
         delta = model - start
-        total += delta - dominated(total, delta, alpha, diagonal)
-    return np.asarray(total)
+        if total is not None:
+            held = total.astype(np.float64)
+            delta += held - dominated(held, delta, alpha, diagonal)
+        total = delta.astype(base.dtype)
+    return total
 
 
 def dominated(total: Matrix, delta: Matrix, alpha: float, diagonal: bool) -> Matrix:
@@ -146,7 +182,17 @@ def dominated(total: Matrix, delta: Matrix, alpha: float, diagonal: bool) -> Mat
 
 
 def holds(tensor: Tensor) -> tuple[int, int]:
-    return held(tensor, 4 * (tensor.size + 1) + 39, 4) if _is_projected(tensor) else (1, 0)
+    if tensor.state is not None or not _is_projected(tensor):
+        return 1, 0
+    return held(tensor, 4 * (tensor.size + 1 + (tensor.before is not None)) + 39, 4)
+
+
+def _numbers(known: Known) -> dict[str, float]:
+    return {"models": known.models, "norms": known.norms}
+
+
+def _obstacle(shared: Mapping[str, Any]) -> str | None:
+    return "with shuffle the order of the models is drawn from how many there are" if shared["shuffle"] else None
 
 
 METHODS = (
@@ -164,6 +210,7 @@ METHODS = (
         passes=lambda parameters: (1, 0),
         holds=holds,
         random=True,
+        running=Running(state, _numbers, _obstacle),
         parameters=(
             Parameter("alpha", "float", 0.5, "share of the sum of singular values that counts as dominant", low=0,
                       high=1, mergekit=False),

@@ -132,6 +132,22 @@ class Statistic:
 
 
 @dataclass(frozen=True)
+class Running:
+    """How a merge is continued: models change a state that is as large as one of them, and the result follows from it.
+
+    ``state`` gives a tensor's state after its models, in float32 (float64 where an input is): from ``tensor.before``
+    on, the stored state of the models that came before, where there is one. Where ``tensor.state`` is set, ``survey``
+    and ``merge`` find the result from it, and nothing of earlier models. ``numbers``: what of the survey's answer is
+    stored beside it, and is ``model.before`` of the next survey. ``obstacle`` tells from the shared parameters why a
+    merge cannot be continued. Merging at once and one by one must give the same bits.
+    """
+
+    state: Callable[[Tensor], Output]
+    numbers: Callable[[Any], dict[str, float]] = lambda known: {}
+    obstacle: Callable[[Mapping[str, Any]], str | None] = lambda shared: None
+
+
+@dataclass(frozen=True)
 class Method:
     """One published way to combine tensors.
 
@@ -148,7 +164,7 @@ class Method:
     order statistics (Rank, Top) are looked for at once. ``keeps_excluded`` tells whose tensor stands where one is
     excluded: the base's, the model's where there is only one, or the first model's. ``measure`` finds what a recipe
     leaves to files: from the shared parameters, a model's name in the recipe and its folder, values of per-model
-    parameters.
+    parameters. ``running``: for methods whose result can be continued.
     """
 
     name: str
@@ -173,6 +189,7 @@ class Method:
     variants: tuple[str, ...] = ("paper",)
     keeps_excluded: Literal["base", "model", "first"] = "base"
     measure: Callable[[Mapping[str, Any], str, Path | None], dict[str, float]] | None = None
+    running: Running | None = None
 
     def check_layers(self, tensors: Iterable[Tensor]) -> None:
         """UsageError where layers are needed and no tensor has one."""

@@ -10,10 +10,11 @@ below 1e-8 in size counts as 1). One model with lambda t interpolates between ba
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..kernels.program import Call, Copy, call
-from .registry import EXCLUDE, LAMBDA, Citation, Method, Parameter, weight_parameter
+from .registry import EXCLUDE, LAMBDA, Citation, Method, Parameter, Running, weight_parameter
 from .tensors import Tensor
 
 
@@ -24,13 +25,36 @@ def add_task_vectors(base: Any, models: Any, weights: Any, scale: Any) -> Any:
     return base + scale * total
 
 
+def add_scaled(base: Any, total: Any, scale: Any) -> Any:
+    return base + scale * total
+
+
+def running_sum(base: Any, models: Any, weights: Any, before: Any) -> Any:
+    total = before
+    for model, weight in zip(models, weights):  # noqa: B905
+        total += weight * (model - base)
+    return total
+
+
 def merge(tensor: Tensor) -> Call | Copy:
     assert tensor.base is not None
+    if tensor.state is not None:
+        return call(add_scaled, base=tensor.base, total=tensor.state, scale=tensor["lambda"])
     if not tensor.models:
         return Copy(tensor.base)
     weights = tensor.each["weight"]
     scale = tensor["lambda"] / (mass(weights) if tensor["normalize"] else 1.0)
     return call(add_task_vectors, base=tensor.base, models=tensor.models, weights=weights, scale=scale)
+
+
+def sum_of(tensor: Tensor, weights: tuple[float, ...]) -> Call:
+    """The sum that :func:`add_task_vectors` scales, from that of earlier models on."""
+    before = 0.0 if tensor.before is None else tensor.before
+    return call(running_sum, base=tensor.base, models=tensor.models, weights=weights, before=before)
+
+
+def _obstacle(shared: Mapping[str, Any]) -> str | None:
+    return "with normalize it is divided by the weights of all models" if shared["normalize"] else None
 
 
 def mass(weights: tuple[float, ...]) -> float:
@@ -66,5 +90,6 @@ METHODS = (
             EXCLUDE,
         ),
         variants=("paper", "mergekit"),
+        running=Running(state=lambda tensor: sum_of(tensor, tensor.each["weight"]), obstacle=_obstacle),
     ),
 )

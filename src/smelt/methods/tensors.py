@@ -21,7 +21,9 @@ class Tensor:
     order. ``shared`` holds the values of shared parameters, ``each`` of per-model ones (a tuple each).
     ``statistics`` maps a kind to one operand per model, ``masks`` are draws handed in (1 = kept). ``role`` is
     the output tensor's place in the model. ``ranks`` are those of the models' changes to the base, where all are
-    known to be products and the method wants them so (:attr:`Method.low_rank`); else empty.
+    known to be products and the method wants them so (:attr:`Method.low_rank`); else empty. ``before`` is the running
+    state of the models that were merged before, where a merge is continued; ``state`` that after all models, where it
+    has been made (see :class:`registry.Running`).
     """
 
     name: str
@@ -35,6 +37,8 @@ class Tensor:
     survey: Any = None
     role: TensorRole | None = None
     ranks: tuple[int, ...] = ()
+    before: Operand | None = None
+    state: Operand | None = None
 
     @property
     def changes(self) -> tuple[Change, ...]:
@@ -60,6 +64,12 @@ class Tensor:
     def shape(self) -> tuple[int, ...]:
         return self.models[0].shape if self.models else self._the_base.shape
 
+    @property
+    def computed_in(self) -> str:
+        """The dtype of its formulas: F64 where an operand is, else F32."""
+        operands = (self.base, self.before, *self.models)
+        return "F64" if any(operand is not None and operand.dtype == "F64" for operand in operands) else "F32"
+
     def __getitem__(self, parameter: str) -> Any:
         """The value of a shared parameter."""
         return self.shared[parameter]
@@ -82,9 +92,13 @@ class Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """All tensors that a whole-model statistic spans, sorted by name."""
+    """All tensors that a whole-model statistic spans, sorted by name.
+
+    ``before``: what was known of the models that were merged before, where a merge is continued.
+    """
 
     tensors: tuple[Tensor, ...]
+    before: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
