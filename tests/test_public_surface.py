@@ -16,8 +16,9 @@ import smelt
 #: The promise. A name that is added or removed here is a change for users: tell it in CHANGELOG.md.
 PUBLIC = [
     "Artifact", "Checkpoint", "InputRejected", "MissingExtra", "OperationFailed", "Plan", "SmeltError", "Soup",
-    "UsageError", "__version__", "check", "choose_lambdas", "convert", "extract_delta", "extract_lora", "greedy_soup",
-    "leftovers", "load", "merge", "merge_lora", "merge_tensors", "methods", "plan", "regmean_plus_plus",
+    "UsageError", "__version__", "check", "choose_lambdas", "continue_merge", "convert", "extract_delta",
+    "extract_lora", "greedy_soup", "leftovers", "load", "merge", "merge_lora", "merge_tensors", "methods", "plan",
+    "regmean_plus_plus",
     "remove_leftovers", "reproduce", "restore_task", "stack", "transplant_tokenizer", "verify",
 ]  # fmt: skip
 HEAVY = {"numpy", "numba", "llvmlite", "torch", "transformers", "huggingface_hub", "rich", "yaml", "ml_dtypes"}

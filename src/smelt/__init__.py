@@ -2,6 +2,7 @@
 
     smelt.merge("recipe.yml", "out")        run a recipe (mergekit's YAML runs unmodified)
     smelt.merge_tensors("ties", [a, b], base)   the same methods on dicts of arrays
+    smelt.continue_merge("out", ["new"], "out2")   add a model to what was merged before
     smelt.convert("model", "out")           the same model as safetensors, in another dtype
     smelt.greedy_soup([a, b, c], score)     average from the best down, keeping what helps
     smelt.merge_lora([a, b], "out")         adapters among each other, without their base
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         Plan,
         Soup,
         choose_lambdas,
+        continue_merge,
         greedy_soup,
         leftovers,
         merge,
@@ -47,16 +49,18 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Artifact", "Checkpoint", "InputRejected", "MissingExtra", "OperationFailed", "Plan", "SmeltError", "Soup",
-    "UsageError", "__version__", "check", "choose_lambdas", "convert", "extract_delta", "extract_lora", "greedy_soup",
-    "leftovers", "load", "merge", "merge_lora", "merge_tensors", "methods", "plan", "regmean_plus_plus",
+    "UsageError", "__version__", "check", "choose_lambdas", "continue_merge", "convert", "extract_delta",
+    "extract_lora", "greedy_soup", "leftovers", "load", "merge", "merge_lora", "merge_tensors", "methods", "plan",
+    "regmean_plus_plus",
     "remove_leftovers", "reproduce", "restore_task", "stack", "transplant_tokenizer", "verify",
 ]  # fmt: skip
 
 _HOMES = {
     "Artifact": "engine", "Checkpoint": "checkpoint", "Plan": "engine", "Soup": "engine", "check": "diagnosis",
-    "choose_lambdas": "engine", "convert": "conversion", "extract_delta": "adapters", "extract_lora": "adapters",
-    "greedy_soup": "engine", "leftovers": "engine", "load": "checkpoint", "merge": "engine", "merge_lora": "adapters",
-    "merge_tensors": "engine", "plan": "engine", "regmean_plus_plus": "engine",
+    "choose_lambdas": "engine", "continue_merge": "engine", "convert": "conversion", "extract_delta": "adapters",
+    "extract_lora": "adapters", "greedy_soup": "engine", "leftovers": "engine", "load": "checkpoint",
+    "merge": "engine", "merge_lora": "adapters", "merge_tensors": "engine", "plan": "engine",
+    "regmean_plus_plus": "engine",
     "remove_leftovers": "engine", "reproduce": "engine", "restore_task": "engine", "stack": "stacking",
     "transplant_tokenizer": "transplant", "verify": "engine",
 }  # fmt: skip

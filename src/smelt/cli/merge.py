@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="Run a recipe: merge models into a new folder.")
-@click.argument("recipe")
-@click.argument("out", required=False)
+@click.argument("words", nargs=-1, metavar="RECIPE [OUT]")
+@click.option("--continue", "merged", metavar="MERGED", help="Add to what was merged with --save-state: MODEL... OUT.")
+@click.option("--base", metavar="PATH", help="With --continue: where the base is, if not where the recipe says.")
+@click.option("--save-state", is_flag=True, help="Write what --continue needs, too: a float32 copy of what is merged.")
 @click.option("--dry-run", is_flag=True, help="Plan and check everything, read no weights, write nothing.")
 @click.option("--memory", default="1GiB", metavar="SIZE", show_default=True, help="Budget for buffers.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: the cores this process may use.")
@@ -54,25 +56,68 @@ if TYPE_CHECKING:
 @pickle_option
 @json_option
 @common
-def command(recipe: str, out: str | None, dry_run: bool, as_json: bool, **options: Any) -> None:
+@click.pass_context
+def command(
+    ctx: click.Context, words: tuple[str, ...], merged: str | None, base: str | None, dry_run: bool, as_json: bool,
+    **options: Any,
+) -> None:  # fmt: skip
     """Merge models as RECIPE says (a YAML file, or - for stdin) into OUT, a folder that does not exist yet.
 
     The folder appears when everything is written and synced, or not at all. Prints its path. What a killed run
     has finished is taken up by the next one of the same recipe, options and files; see smelt clean.
+
+    smelt merge --continue MERGED MODEL... OUT adds models to a merge that has saved its state, which stays as it is.
+    The bits are those of merging all of them at once; what changes bits is settled by MERGED.
     """
-    if out is None and not dry_run:
-        raise click.UsageError("OUT is missing: name the folder to create, or add --dry-run")
+    if merged is not None:
+        if len(words) < 2:
+            raise click.UsageError("--continue MERGED takes the models to add and OUT: name two folders at least")
+        _continue(merged, words, dry_run, as_json, {"base": base, **_given(ctx, options)})
+        return
+    recipe, out = _recipe_and_out(words, base, dry_run)
     source = recipe_argument(recipe)
     if dry_run:
         from ..engine import plan
 
-        planned = plan(source, **options)
-        _show_plan(planned, as_json)
-        planned.close()
+        _show_plan(plan(source, **options), as_json)
         return
     from ..engine import merge
 
     artifact = merge(source, str(out), progress=bar(settings().quiet), **options)
+    show_artifact(artifact, as_json)
+
+
+def _recipe_and_out(words: Sequence[str], base: str | None, dry_run: bool) -> tuple[str, str | None]:
+    if base is not None:
+        raise click.UsageError("--base has no effect without --continue: the recipe names the base")
+    if not words:
+        raise click.UsageError("Missing argument 'RECIPE'.")
+    if len(words) > 2:
+        raise click.UsageError(f"got unexpected extra arguments ({' '.join(words[2:])}): models stand in the recipe")
+    if len(words) < 2 and not dry_run:
+        raise click.UsageError("OUT is missing: name the folder to create, or add --dry-run")
+    return words[0], words[1] if len(words) > 1 else None
+
+
+def _given(ctx: click.Context, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are on the command line: the others are those of the merge that is continued."""
+    from click.core import ParameterSource
+
+    return {
+        name: value for name, value in options.items() if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
+    }
+
+
+def _continue(merged: str, words: Sequence[str], dry_run: bool, as_json: bool, options: dict[str, Any]) -> None:
+    *added, out = words
+    if dry_run:
+        from ..engine import plan_continued
+
+        _show_plan(plan_continued(merged, added, **options), as_json)
+        return
+    from ..engine import continue_merge
+
+    artifact = continue_merge(merged, added, out, progress=bar(settings().quiet), **options)
     show_artifact(artifact, as_json)
 
 
@@ -106,6 +151,7 @@ def show_artifact(artifact: Artifact, as_json: bool) -> None:
 
 def _show_plan(plan: Plan, as_json: bool) -> None:
     facts = plan.as_dict()
+    plan.close()
     if as_json:
         print_json(facts)
         return
@@ -123,6 +169,7 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
             "passes": f"{passes['whole_model']} over all inputs, {passes['per_tensor']} per tensor, one to merge",
             "reads": size(facts["bytes_read"]),
             "writes": size(facts["bytes_written"]),
+            **({"state": size(facts["state_bytes"])} if facts["state_bytes"] else {}),
             "disk needed": size(facts["disk_needed"]),
             "peak memory": size(facts["peak_memory"]),
             "threads": str(facts["threads"]),

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .continuing import continue_merge, plan_continued
     from .layerwise import regmean_plus_plus
     from .memory import merge_tensors
     from .planning import Plan
@@ -18,14 +19,16 @@ if TYPE_CHECKING:
     from .verification import verify
 
 __all__ = [
-    "Artifact", "Leftover", "Plan", "Reproduction", "Soup", "choose_lambdas", "greedy_soup", "leftovers", "merge",
-    "merge_tensors", "plan", "regmean_plus_plus", "remove_leftovers", "reproduce", "restore_task", "verify",
+    "Artifact", "Leftover", "Plan", "Reproduction", "Soup", "choose_lambdas", "continue_merge", "greedy_soup",
+    "leftovers", "merge", "merge_tensors", "plan", "plan_continued", "regmean_plus_plus", "remove_leftovers",
+    "reproduce", "restore_task", "verify",
 ]  # fmt: skip
 
 _HOMES = {
     "Artifact": "run", "Leftover": "residue", "Plan": "planning", "Reproduction": "reproduction", "Soup": "selection",
-    "choose_lambdas": "selection", "greedy_soup": "selection", "leftovers": "residue", "merge": "run",
-    "merge_tensors": "memory", "plan": "stages", "regmean_plus_plus": "layerwise",
+    "choose_lambdas": "selection", "continue_merge": "continuing", "greedy_soup": "selection", "leftovers": "residue",
+    "merge": "run", "merge_tensors": "memory", "plan": "stages", "plan_continued": "continuing",
+    "regmean_plus_plus": "layerwise",
     "remove_leftovers": "residue", "reproduce": "reproduction", "restore_task": "restore", "verify": "verification",
 }  # fmt: skip
 

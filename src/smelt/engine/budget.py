@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..kernels.dtypes import DTYPES
 from .options import BASELINE, LEAST_MEMORY
-from .outputs import Output
+from .outputs import Output, bytes_of
 from .reduce import SAMPLED_WHOLE, counters
 from .tiles import TILE
 
@@ -64,7 +64,7 @@ class Budget:
 
     @cached_property
     def _each(self) -> list[tuple[int, int]]:
-        return [self.of(output) for output in self._plan.outputs]
+        return [self.of(output) for output in self._plan.made]
 
     def of(self, output: Output) -> tuple[int, int]:
         """What one thread needs for a tile of a tensor, and for the tensor as a matrix."""
@@ -73,9 +73,7 @@ class Budget:
         count = output.count if output.tensor is None else output.tensor.count
         whole = bool(more) and row >= count
         held = min(count, TILE if whole else TILE + row - 1)
-        read = output.weight_bytes + sum(
-            operand.count * DTYPES[operand.dtype].bits // 8 for operand in output.statistics
-        )
+        read = output.weight_bytes + bytes_of((*output.statistics, *output.state))
         tile = int(held / max(1, count) * read) + self._result(output) + (4 << 20)
         return (tile, row * more) if whole else (tile + held * more, 0)
 
@@ -85,12 +83,12 @@ class Budget:
 
     def _results(self, tiles: int) -> int:
         """So many tiles of results per thread."""
-        return tiles * self._threads * max(map(self._result, self._plan.outputs), default=0)
+        return tiles * self._threads * max(map(self._result, self._plan.made), default=0)
 
     def _counters(self) -> int:
         """Of order statistics: of a tensor, or of the whole model."""
         method = self._plan.method
-        tensors = [output.tensor for output in self._plan.outputs if output.tensor is not None]
+        tensors = [output.tensor for output in self._plan.made if output.tensor is not None]
         together = sum if method.survey is not None else max
         if not tensors or together(tensor.count for tensor in tensors) <= SAMPLED_WHOLE:
             return 0

@@ -12,7 +12,16 @@ from typing import Any
 
 from ..architecture import Structure
 from ..architecture.config import vocabulary_sizes
-from ..checkpoint import AdapterGiven, Checkpoint, is_adapter, load, load_adapted, open_adapter, side_files
+from ..checkpoint import (
+    AdapterGiven,
+    Checkpoint,
+    FileIdentity,
+    is_adapter,
+    load,
+    load_adapted,
+    open_adapter,
+    side_files,
+)
 from ..checkpoint.quantisation import is_quantised, without_quantisation
 from ..errors import InputRejected, SmeltError
 from ..recipe import InputModel, ModelReference, Recipe
@@ -236,19 +245,25 @@ def read_config(checkpoint: Checkpoint) -> bytes | None:
     return (json.dumps(plain, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def licence_of(inputs: Inputs) -> str | None:
-    """The licence named by every parent's card, if all name the same."""
-    found = {_licence(item.checkpoint) for item in inputs}
+def licence_of(inputs: Inputs, earlier: Path | None = None) -> str | None:
+    """The licence named by every parent's card, if all name the same; an ``earlier`` merge speaks for its parents."""
+    found = {_licence(item.checkpoint.side_files) for item in inputs}
+    found |= set() if earlier is None else {_licence(side_files(str(earlier))[0])}
     return found.pop() if len(found) == 1 else None
 
 
-def _licence(checkpoint: Checkpoint) -> str | None:
+def _licence(files: Mapping[str, bytes]) -> str | None:
     try:
-        head = checkpoint.side_files.get("README.md", b"")[:4096].decode("utf-8", "replace")
+        head = files.get("README.md", b"")[:4096].decode("utf-8", "replace")
     except SmeltError:
         return None
     lines = [line for line in head.split("---")[1].splitlines() if line.startswith("license:")] if "---" in head else []
     return lines[0].partition(":")[2].strip() if lines else None
+
+
+def identified(file: FileIdentity) -> list[Any]:
+    """What tells one state of a file from another."""
+    return [str(file.path.resolve()), file.device, file.inode, file.size, file.mtime_ns, file.version]
 
 
 def identity(item: Input, ledger: Ledger) -> dict[str, Any]:

@@ -18,6 +18,10 @@ from .. import storage
 from .._version import __version__
 
 NAME = "smelt-manifest.json"
+
+#: The folder in the output that holds what it takes to add models later.
+STATE_FOLDER = "smelt-state"
+
 FORMAT = 1
 
 
@@ -36,11 +40,13 @@ def manifest(
     *, recipe: str, method: str, variant: str, seed: int, inputs: list[dict[str, Any]],
     statistics: list[dict[str, Any]], tensors: Mapping[str, Mapping[str, Any]], files: Mapping[str, str],
     notices: list[str], measured: Sequence[dict[str, Any]] = (), options: Mapping[str, Any] = MappingProxyType({}),
+    state: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The manifest as plain data.
 
     ``tensors``: name -> dtype, shape, file, sha256; ``files``: name -> sha256; ``measured``: per model, the
-    parameters that the recipe left to files; ``options``: those of the run that change bits.
+    parameters that the recipe left to files; ``options``: those of the run that change bits; ``state``: what is
+    known of the running state, where that is saved.
     """
     return {
         "format": FORMAT,
@@ -56,6 +62,7 @@ def manifest(
         "input_digest": "xxh3-128 over tiles of 524288 elements, per tensor (over factors where they are merged "
         "themselves), then over 'name digest' lines",
         "notices": notices,
+        **({} if state is None else {"state": dict(state)}),
         "files": dict(sorted(files.items())),
         "tensors": {name: dict(tensors[name]) for name in sorted(tensors)},
     }

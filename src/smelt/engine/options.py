@@ -41,6 +41,7 @@ class Options:
     allow_pickle: bool = False
     overwrite: bool = False
     resume: bool | None = None
+    save_state: bool = False
 
 
 def options_of(
@@ -48,7 +49,7 @@ def options_of(
     shard_size: str | int | None = None, on_extra: str = "error", on_nonfinite: str = "error", force: bool = False,
     strict: bool = False, card: bool = True, raw: bool = False, stages: str | Path | None = None,
     truncate_embeddings: bool = False, allow_pickle: bool = False, overwrite: bool = False,
-    resume: bool | None = None,
+    resume: bool | None = None, save_state: bool = False,
 ) -> Options:  # fmt: skip
     """Check every option; UsageError with all that is wrong."""
     problems = []
@@ -67,7 +68,7 @@ def options_of(
     UsageError.gather(problems)
     return Options(
         device, threads or usable_cores(), budget, seed, shard, on_extra, on_nonfinite, force, strict, card, raw,  # type: ignore[arg-type]
-        None if stages is None else Path(stages), truncate_embeddings, allow_pickle, overwrite, resume,
+        None if stages is None else Path(stages), truncate_embeddings, allow_pickle, overwrite, resume, save_state,
     )  # fmt: skip
 
 

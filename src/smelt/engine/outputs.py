@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -21,6 +21,9 @@ from .settings import Resolver
 from .statistics import Finder, Member, stored_bytes
 from .types import common_dtype
 
+#: What ``Output.part`` says of a tensor of the running state.
+STATE = "state"
+
 #: What to do where models have different tokens.
 _ALIGN = (
     "vocabularies differ; tokenizer_source: base keeps the base's tokens, tokenizer_source: union those of all models"
@@ -31,7 +34,7 @@ _ALIGN = (
 class Output:
     """One tensor of the result. ``tensor`` is what the method sees, None where the first source is copied.
 
-    ``part`` names what is made of it where the result is wanted in parts.
+    ``part`` names what is made of it where the result is wanted in parts, or is the running state.
     """
 
     name: str
@@ -51,8 +54,11 @@ class Output:
 
     @property
     def input_bytes(self) -> int:
-        """Of weights and statistics, as they are stored."""
-        return self.weight_bytes + stored_bytes(self.statistics)
+        """What is read to make it: weights, statistics, earlier state, or the base and the state after all models."""
+        tensor = self.tensor
+        if tensor is not None and tensor.state is not None and self.part is None:
+            return bytes_of((*([tensor.base] if tensor.base is not None else []), tensor.state))
+        return self._given_bytes
 
     @property
     def weight_bytes(self) -> int:
@@ -60,17 +66,27 @@ class Output:
         base = self.tensor.base if self.tensor is not None and self.tensor.ranks else None
         if base is None:
             return sum(source.nbytes for source in self.piece.sources)
-        return base.count * DTYPES[base.dtype].bits // 8 + self._factor_bytes
+        return bytes_of([base]) + self._factor_bytes
 
     def bytes_read(self, passes: int) -> int:
-        """In so many passes and the last, which alone reads the base of what comes in factors."""
-        if self.tensor is None:
+        """In so many passes and the last, which alone makes the state and reads the base of what comes in factors."""
+        if self.tensor is None or self.part == STATE:
             return self.input_bytes
-        return self.input_bytes + passes * (self._factor_bytes if self.tensor.ranks else self.input_bytes)
+        return self.input_bytes + passes * (self._factor_bytes if self.tensor.ranks else self._given_bytes)
+
+    @property
+    def _given_bytes(self) -> int:
+        return self.weight_bytes + stored_bytes(self.statistics) + bytes_of(self.state)
 
     @property
     def _factor_bytes(self) -> int:
         return sum(change.nbytes for change in self.tensor.changes) if self.tensor is not None else 0
+
+    @property
+    def state(self) -> tuple[Operand, ...]:
+        """The state that it is made from, of earlier models or of all."""
+        given = (self.tensor.state or self.tensor.before,) if self.tensor is not None else ()
+        return tuple(operand for operand in given if operand is not None)
 
     @property
     def statistics(self) -> tuple[Operand, ...]:
@@ -164,6 +180,11 @@ class OutputMaker:
         if role is None or role.stack is None or role.stack not in self._layers:
             return role
         return role.moved(piece.name, self._layers[role.stack])
+
+
+def bytes_of(operands: Iterable[Operand]) -> int:
+    """Bytes of operands that are stored as they are read."""
+    return sum(operand.count * DTYPES[operand.dtype].bits // 8 for operand in operands)
 
 
 def _copied(piece: Piece, why: str, keep: int | None = None) -> Piece:

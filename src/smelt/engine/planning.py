@@ -34,7 +34,9 @@ from .views import contains
 
 if TYPE_CHECKING:
     from ..checkpoint.gguf import GgufLayout
+    from .earlier import Earlier
     from .float8 import Float8
+    from .running import Running
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,8 +44,8 @@ class Plan:
     """The exact work. ``stages`` are the plans of the recipes whose results this one takes, which the figures
     do not count, but for ``disk_needed``. ``paths`` are local ones that the recipe's text names beside those
     of the inputs. ``measured`` are per-model parameters that came from files: (model, values). ``gguf`` is where
-    everything lies in the one file that is wanted of that format, ``float8`` what is written in FP8. ``close()``
-    releases the inputs.
+    everything lies in the one file that is wanted of that format, ``float8`` what is written in FP8, ``running`` the
+    state that is made before the outputs where the merge can be continued. ``close()`` releases the inputs.
     """
 
     recipe: Recipe
@@ -62,6 +64,12 @@ class Plan:
     measured: tuple[tuple[str, dict[str, float]], ...] = ()
     gguf: GgufLayout | None = None
     float8: Float8 | None = None
+    running: Running | None = None
+
+    @property
+    def made(self) -> tuple[Output, ...]:
+        """All tensors that are written: those of the state, and the outputs."""
+        return (*(self.running.outputs if self.running is not None else ()), *self.outputs)
 
     @property
     def passes(self) -> tuple[int, int]:
@@ -72,7 +80,7 @@ class Plan:
     @property
     def bytes_read(self) -> int:
         """Bytes read from the inputs; what a statistic reads again comes from the system's page cache."""
-        return sum(output.bytes_read(sum(self.passes)) for output in self.outputs)
+        return sum(output.bytes_read(sum(self.passes)) for output in self.made)
 
     @property
     def shard_size(self) -> int:
@@ -87,7 +95,7 @@ class Plan:
     @property
     def bytes_made(self) -> int:
         """Of the tensors as they are computed: more than is written where that is quantised."""
-        return sum(output.count * DTYPES[self.dtype_made(output)].bits // 8 for output in self.outputs)
+        return sum(output.count * DTYPES[self.dtype_made(output)].bits // 8 for output in self.made)
 
     def dtype_made(self, output: Output) -> str:
         """The dtype that a tensor is computed in: float32 where that is quantised on its way to the disk."""
@@ -95,7 +103,7 @@ class Plan:
 
     def stored(self) -> list[TensorInfo]:
         """The tensors of safetensors files, one by one."""
-        return [info for output in self.outputs for info in self._stored(output)]
+        return [info for output in self.made for info in self._stored(output)]
 
     def _stored(self, output: Output) -> list[TensorInfo]:
         if self.float8 is None:
@@ -105,7 +113,7 @@ class Plan:
     @property
     def disk_needed(self) -> int:
         """Weights with their headers, and the side files; those of the stages too."""
-        own = self.bytes_written + 512 * len(self.outputs) + sum(map(len, self.side_files().values())) + (1 << 20)
+        own = self.bytes_written + 512 * len(self.made) + sum(map(len, self.side_files().values())) + (1 << 20)
         own += 0 if self.float8 is None else self.float8.spooled(self.options.threads)
         return own + sum(stage.disk_needed for stage in self.stages)
 
@@ -132,6 +140,7 @@ class Plan:
             "passes": {"whole_model": self.passes[0], "per_tensor": self.passes[1]},
             "bytes_read": self.bytes_read, "bytes_written": self.bytes_written, "disk_needed": self.disk_needed,
             "peak_memory": self.peak_memory, "threads": self.options.threads, "device": self.options.device,
+            "state_bytes": sum(output.nbytes for output in self.made) - sum(output.nbytes for output in self.outputs),
             "inputs": [item.label for item in self.inputs], "statistics": list(self.inputs.beside),
             "vocabulary": self.vocabulary(), "stages": [stage.as_dict() for stage in self.stages],
             "notices": self.notices, "rows": self.rows(),
@@ -165,6 +174,8 @@ class Plan:
     def close(self) -> None:
         for made in (*self.stages, self):
             made.inputs.close()
+        if self.running is not None:
+            self.running.close()
 
 
 def _shown(tensor: Tensor | None) -> dict[str, Any]:
@@ -193,10 +204,13 @@ def read_recipes(recipe: RecipeLike) -> Sequence[Recipe]:
         raise UsageError(f"{show(recipe)} is not UTF-8 text: {error}") from error
 
 
-def make_plan(recipe: Recipe, options: Options, places: Places = MappingProxyType({})) -> Plan:
+def make_plan(
+    recipe: Recipe, options: Options, places: Places = MappingProxyType({}), earlier: Earlier | None = None
+) -> Plan:
     """Check the recipe against the registry, open the inputs, lay out the output, resolve parameters.
 
-    ``places``: where the names of models lead that are neither paths nor on the hub.
+    ``places``: where the names of models lead that are neither paths nor on the hub. ``earlier``: the merge that
+    those of the recipe are added to.
     """
     method = get(recipe.method)
     problems = [*not_yet(recipe), *check_settings(recipe, method), *_counts(recipe, method)]
@@ -207,7 +221,7 @@ def make_plan(recipe: Recipe, options: Options, places: Places = MappingProxyTyp
     UsageError.gather(_counts(recipe, method))
     inputs = Inputs(recipe, places, raw=options.raw, allow_pickle=options.allow_pickle)
     try:
-        return _planned(recipe, method, options, inputs)
+        return _planned(recipe, method, options, inputs, earlier)
     except BaseException:
         inputs.close()
         raise
@@ -235,7 +249,7 @@ def _counts(recipe: Recipe, method: Method) -> list[str]:
     return list(dict.fromkeys(problems))
 
 
-def _planned(recipe: Recipe, method: Method, options: Options, inputs: Inputs) -> Plan:
+def _planned(recipe: Recipe, method: Method, options: Options, inputs: Inputs, earlier: Earlier | None) -> Plan:
     inputs.refuse_quantised()
     _widen(inputs, options)
     chart = layout(recipe, inputs, method, options.on_extra)
@@ -254,6 +268,11 @@ def _planned(recipe: Recipe, method: Method, options: Options, inputs: Inputs) -
     notices = [*recipe.notices, *inputs.notices(), *chart.notices, *filters]
     if recipe.in_parts:
         outputs = maker.in_parts(outputs, chart.pieces)
+    running = None
+    if options.save_state:
+        from .running import running_state
+
+        running, outputs = running_state(recipe, method, outputs, options, earlier)
     notices += [*tokens.notices, *id_notices(inputs.donor.checkpoint, tokens)] if tokens is not None else []
     notices += alignment.notices if alignment is not None else ()
     as_gguf = recipe.output is not None and recipe.output.format == "gguf"
@@ -262,7 +281,7 @@ def _planned(recipe: Recipe, method: Method, options: Options, inputs: Inputs) -
     made = Plan(
         recipe, method, maker.resolver.variant, seed, options, inputs, chart, tuple(outputs), notices,
         tokens=None if tokens is None else replace(tokens, known={}), alignment=alignment,
-        measured=maker.resolver.measured(),
+        measured=maker.resolver.measured(), running=running,
     )  # fmt: skip
     if as_gguf:
         from .gguf import gguf_layout, in_gguf

@@ -98,6 +98,7 @@ def _compared(folder: Path, wanted: Mapping[str, Any], found: Mapping[str, Any])
         one, other = (dict(content[kind]) for content in (wanted, found))
         names = sorted(one.keys() | other.keys()) if kind == "tensors" else sorted({*one, *other} - {"README.md"})
         result.problems += [f"{kind[:-1]} {show(n)} came out differently" for n in names if one.get(n) != other.get(n)]
+    result.problems += _differing_states(wanted, found)
     if result.problems:
         inputs = {item["model"]: item["digest"] for item in found["inputs"]}
         changed = [item["model"] for item in wanted["inputs"] if inputs.get(item["model"]) != item["digest"]]
@@ -106,3 +107,14 @@ def _compared(folder: Path, wanted: Mapping[str, Any], found: Mapping[str, Any])
         result.notices += [f"{name} was {then.get(name)} then, is {now}" for name, now in versions().items()
                            if then.get(name) != now]  # fmt: skip
     return result
+
+
+def _differing_states(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
+    """Tensors and numbers of the running states, where these were saved."""
+    then, now = (content.get("state", {}) for content in (wanted, found))
+    one, other = (state.get("tensors", {}) for state in (then, now))
+    for name in sorted(one.keys() | other.keys()):
+        if one.get(name) != other.get(name):
+            yield f"tensor {show(name)} of the state came out differently"
+    if then.get("numbers") != now.get("numbers"):
+        yield "the numbers of the state came out differently"

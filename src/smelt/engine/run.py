@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .. import storage
 from ..checkpoint import Part, plan_shards
-from ..errors import InputRejected, show
+from ..errors import InputRejected, UsageError, show
 from ..kernels.program import Copy, Operand
 from ..methods import Model
 from ..recipe import Stage
@@ -21,16 +22,17 @@ from .config import patched_configs
 from .device import mapper_for
 from .execute import Executor, Job, Steps
 from .findings import Finding
-from .inputs import identity, licence_of
+from .inputs import Input, identity, licence_of
 from .journal import NAME as JOURNAL
 from .journal import Journal, reads_of
 from .manifest import NAME, dump, manifest, sums_of
 from .options import options_of
-from .outputs import Output
+from .outputs import STATE, Output
 from .packing import PackingSink
 from .planning import Plan, RecipeLike, make_plan
 from .progress import Progress, Silent
 from .publish import check_destination, check_space, claim, staging, work_folder, write_files
+from .running import PART, StateSink
 from .sink import DiskSink, write_gguf_tensors, write_tensors
 from .stages import fingerprint, home_of, local_paths, plan_stages, stages_of, workplace
 from .views import alike
@@ -73,9 +75,10 @@ def merge(
         (bare tensors: no config, layers, ties or side files), stages (a folder that keeps the results of the
         recipes that others take, for a later run; by default they do not last), truncate_embeddings (cut
         embeddings of different vocabularies to their common length), allow_pickle (read pickled weights, too),
-        overwrite (replace ``out`` at once, when
-        the result is whole), resume (None: continue what a run of the same recipe, options and files left when
-        it was killed, and leave nothing after a failure; True: leave it, to be continued; False: begin anew).
+        overwrite (replace ``out`` at once, when the result is whole), save_state (write what it takes to add models
+        later, see :func:`smelt.continue_merge`; only some methods can), resume (None: continue what a run of the same
+        recipe, options and files left when it was killed, and leave nothing after a failure; True: leave it, to be
+        continued; False: begin anew).
 
     Raises UsageError, InputRejected or OperationFailed; then ``out`` is what it was before.
     """
@@ -85,7 +88,9 @@ def merge(
     stages = stages_of(recipe, places)
     paths = local_paths(stages)
     if len(stages) == 1:
-        return _run(replace(make_plan(stages[0].recipe, chosen, places), paths=paths), out, shown, started)
+        return carry_out(replace(make_plan(stages[0].recipe, chosen, places), paths=paths), out, shown, started)
+    if chosen.save_state:
+        raise UsageError("save_state: what takes the results of other documents is not continued: merge these first")
     plan_stages(stages, chosen, places).close()
     check_destination(out, [], overwrite=chosen.overwrite)
     notices: list[str] = []
@@ -95,7 +100,7 @@ def merge(
             places[stage.name], told = _finished(stage, plan, place, shown)
             notices += [f"stage {show(stage.name)}: {notice}" for notice in told]
         last = replace(make_plan(stages[-1].recipe, chosen, places), paths=paths)
-        artifact = _run(last, out, shown, started, work)
+        artifact = carry_out(last, out, shown, started, work)
     return replace(artifact, warnings=[*notices, *artifact.warnings])
 
 
@@ -105,15 +110,15 @@ def _finished(stage: Stage, plan: Plan, work: Path, progress: Progress) -> tuple
     if storage.exists(home):
         plan.close()
         return home, [f"taken from {show(home.name)}, where an earlier run left it"]
-    return home, _run(plan, home, progress, time.monotonic()).warnings
+    return home, carry_out(plan, home, progress, time.monotonic()).warnings
 
 
-def _run(plan: Plan, out: Path, progress: Progress, started: float, work: Path | None = None) -> Artifact:
+def carry_out(plan: Plan, out: Path, progress: Progress, started: float, work: Path | None = None) -> Artifact:
     """Carry out a plan, and close it. ``work``: the destination's work folder where it is claimed already."""
     options, told = plan.options, list[str]()
     try:
         name = fingerprint(plan)
-        warnings = [*plan.notices, *_check_before_running(plan, out, work_folder(out) / name)]
+        warnings = [*plan.notices, *_check_before_running(plan, out, work_folder(out) / name, progress)]
         if options.resume is False:
             name = secrets.token_hex(8)
         with staging(
@@ -121,6 +126,9 @@ def _run(plan: Plan, out: Path, progress: Progress, started: float, work: Path |
         ) as folder:
             digests = _write_weights(plan, folder, progress, warnings, told)
             plan.inputs.check_unchanged()
+            if plan.running is not None:
+                plan.running.check_unchanged()
+                warnings += _repeated(plan)
             _write_side_files(plan, folder, out.name, digests, warnings)
     finally:
         plan.close()
@@ -131,15 +139,45 @@ def _run(plan: Plan, out: Path, progress: Progress, started: float, work: Path |
 # --- before ---------------------------------------------------------------------------------------------
 
 
-def _check_before_running(plan: Plan, out: Path, earlier: Path) -> list[str]:
+def _check_before_running(plan: Plan, out: Path, begun: Path, progress: Progress) -> list[str]:
     """Destination, disk, backbone, integers: everything that can fail before the first byte is written.
 
-    ``earlier``: where an earlier attempt may have allocated its disk space.
+    ``begun``: where an earlier attempt may have allocated its disk space.
     """
-    check_destination(out, plan.inputs.folders(), overwrite=plan.options.overwrite)
-    check_space(out, plan.disk_needed - storage.allocated(earlier))
+    check_destination(out, [*plan.inputs.folders(), *_continued(plan, out)], overwrite=plan.options.overwrite)
+    check_space(out, plan.disk_needed - storage.allocated(begun))
     InputRejected.gather(problem for output in plan.outputs for problem in _differing_integers(output))
-    return _check_backbones(plan)
+    warnings = _check_backbones(plan)
+    if plan.running is not None:
+        plan.running.check_intact(_base(plan), plan.inputs.ledger, plan.outputs, plan.options.threads, progress)
+    return warnings
+
+
+def _continued(plan: Plan, out: Path) -> list[Path]:
+    """The folder of the merge that is continued, unless it is to be replaced, when the new one is whole."""
+    earlier = plan.running.earlier if plan.running is not None else None
+    replaced = earlier is not None and plan.options.overwrite and out.resolve() == earlier.folder.resolve()
+    return [] if earlier is None or replaced else [earlier.folder]
+
+
+def _base(plan: Plan) -> Input:
+    assert plan.recipe.base_model is not None
+    return plan.inputs[plan.recipe.base_model]
+
+
+def _repeated(plan: Plan) -> Iterator[str]:
+    """Models that were merged before, under whatever name."""
+    assert plan.running is not None
+    earlier = plan.running.earlier
+    for entry in _added(plan) if earlier is not None else ():
+        known = earlier.repeated(entry) if earlier is not None else None
+        if known is not None:
+            yield f"{show(entry['model'])} has been merged before, as {show(known)}: it counts twice"
+
+
+def _added(plan: Plan) -> list[dict[str, Any]]:
+    """The manifest's entries of the models that this run merges."""
+    return [identity(item, plan.inputs.ledger) for item in plan.inputs if item is not _base(plan)]
 
 
 def _check_backbones(plan: Plan) -> list[str]:
@@ -197,7 +235,8 @@ def _write_weights(
     progress.start(plan.bytes_read + plan.bytes_made, "merging")
     parts = (Part(),) if plan.recipe.in_parts else plan.inputs.donor.checkpoint.parts
     seen: list[str] = []
-    outputs = {output.name: output for output in plan.outputs}
+    parts = (*parts, *([PART] if plan.running is not None else []))
+    outputs = {output.name: output for output in plan.made}
     with Journal(folder.parent / JOURNAL, lambda name: reads_of(plan.inputs.ledger, outputs[name])) as journal:
 
         def warn(message: str) -> None:
@@ -206,6 +245,8 @@ def _write_weights(
 
         def fill(sink: DiskSink) -> None:
             told.extend(_remember(plan, sink, journal))
+            if plan.running is not None:
+                plan.running.read = sink.read
             with PackingSink(sink, plan.float8.forms if plan.float8 is not None else {}, folder) as packing:
                 _execute(plan, packing, progress, warn)
             for notice in packing.notices():
@@ -225,19 +266,21 @@ def _remember(plan: Plan, sink: DiskSink, journal: Journal) -> Iterator[str]:
     for read in (read for name in sink.done for read in journal.reads[name]):
         plan.inputs.ledger.remember(*read)
     if sink.done:
-        yield f"continued a run that had ended early: {len(sink.done)} of {len(plan.outputs)} tensors were there"
+        yield f"continued a run that had ended early: {len(sink.done)} of {len(plan.made)} tensors were there"
 
 
 def _execute(plan: Plan, sink: PackingSink, progress: Progress, warn: Callable[[str], None]) -> None:
     options = plan.options
-    mapper = mapper_for(options.device, options.on_nonfinite, warn)
-    with Executor(
-        sink, mapper, threads=options.threads, memory=plan.budget.matrices, ahead=plan.budget.ahead,
-        needs=_needs(plan), progress=progress,
-    ) as executor:  # fmt: skip
-        outputs = [output for output in _surveyed(plan, executor) if output.name not in sink.done]
-        progress.advance(sum(output.input_bytes + output.nbytes for output in plan.outputs if output.name in sink.done))
-        executor.run([_job(plan, output) for output in sorted(outputs, key=_disk_order)])
+    begin = partial(
+        Executor, mapper=mapper_for(options.device, options.on_nonfinite, warn), threads=options.threads,
+        memory=plan.budget.matrices, ahead=plan.budget.ahead, needs=_needs(plan), progress=progress,
+    )  # fmt: skip
+    progress.advance(sum(output.input_bytes + output.nbytes for output in plan.made if output.name in sink.done))
+    if plan.running is not None:
+        with begin(StateSink(sink)) as executor:
+            executor.run(_jobs(plan, plan.running.outputs, sink.done))
+    with begin(sink) as executor:
+        executor.run(_jobs(plan, _surveyed(plan, executor), sink.done))
     for gathered in (source.gathered for output in plan.outputs for source in output.piece.sources):
         if gathered is not None:
             gathered.fingerprint()
@@ -255,11 +298,19 @@ def _surveyed(plan: Plan, executor: Executor) -> Sequence[Output]:
     tensors = tuple(output.tensor for output in plan.outputs if output.tensor is not None)
     if plan.method.survey is None or not tensors:
         return plan.outputs
-    known = executor.survey(plan.method.survey(Model(tuple(sorted(tensors, key=lambda tensor: tensor.name)))))
+    before = {} if plan.running is None else plan.running.before
+    model = Model(tuple(sorted(tensors, key=lambda tensor: tensor.name)), before)
+    known = executor.survey(plan.method.survey(model))
+    if plan.running is not None:
+        plan.running.known = known
     return [
         output if output.tensor is None else replace(output, tensor=replace(output.tensor, survey=known))
         for output in plan.outputs
     ]
+
+
+def _jobs(plan: Plan, outputs: Iterable[Output], done: Collection[str]) -> list[Job]:
+    return [_job(plan, output) for output in sorted(outputs, key=_disk_order) if output.name not in done]
 
 
 def _disk_order(output: Output) -> tuple[str, int]:
@@ -276,11 +327,14 @@ def _job(plan: Plan, output: Output) -> Job:
         return Job(output.name, dtype, output.count, operands[:1], lambda: Copy(operands[0]))
 
     def begin() -> Steps | Any:
+        if plan.running is not None and output.part == STATE:
+            return plan.running.begin(tensor)
         if output.part is not None and plan.method.parts is not None:
             return plan.method.parts(tensor)[output.part]
         return plan.method.merge(tensor)
 
-    return Job(output.name, dtype, tensor.count, operands, begin, plan.budget.of(output)[1])
+    name = tensor.name if output.part == STATE else output.name
+    return Job(name, dtype, tensor.count, operands, begin, plan.budget.of(output)[1])
 
 
 # --- what travels with them -----------------------------------------------------------------------------
@@ -291,17 +345,34 @@ def _write_side_files(plan: Plan, folder: Path, title: str, tensors: dict[str, A
 
     A result in parts is no model that others could load, so it gets the manifest alone.
     """
-    notices = [_public(plan, warning) for warning in warnings]
+    earlier = plan.running.earlier if plan.running is not None else None
+    told = [] if earlier is None else earlier.content["notices"]
+    notices = list(dict.fromkeys([*told, *(_public(plan, warning) for warning in warnings)]))
+    state = {} if plan.running is None else {output.name: tensors.pop(output.name) for output in plan.running.outputs}
     files = {} if plan.recipe.in_parts else _model_files(plan, title, notices)
     write_files(folder, files)
     content = manifest(
         recipe=_public(plan, plan.recipe.text), method=plan.method.name, variant=plan.variant, seed=plan.seed,
-        inputs=[identity(item, plan.inputs.ledger) for item in plan.inputs],
+        inputs=_entries(plan),
         statistics=[identity(item, plan.inputs.ledger) for item in plan.inputs.beside.values()],
         measured=[_measured(plan, *found) for found in plan.measured],
         tensors=tensors, files=sums_of(folder, files), notices=notices, options=_options(plan),
+        state=_state(plan, state),
     )  # fmt: skip
     storage.write_small(folder / NAME, dump(content))
+
+
+def _entries(plan: Plan) -> list[dict[str, Any]]:
+    """The inputs, with those of the merge that is continued."""
+    if plan.running is None or plan.running.earlier is None:
+        return [identity(item, plan.inputs.ledger) for item in plan.inputs]
+    return plan.running.earlier.joined(_added(plan))
+
+
+def _state(plan: Plan, tensors: Mapping[str, Any]) -> dict[str, Any] | None:
+    if plan.running is None:
+        return None
+    return plan.running.record([entry["model"] for entry in _added(plan)], tensors)
 
 
 def _options(plan: Plan) -> dict[str, Any]:
@@ -310,6 +381,7 @@ def _options(plan: Plan) -> dict[str, Any]:
     return {
         "on_extra": options.on_extra, "on_nonfinite": options.on_nonfinite, "raw": options.raw, "card": options.card,
         "shard_size": plan.shard_size, "truncate_embeddings": options.truncate_embeddings,
+        **({"save_state": True} if options.save_state else {}),
     }  # fmt: skip
 
 
@@ -325,13 +397,16 @@ def _card(plan: Plan, title: str, notices: Sequence[str]) -> str:
     base = plan.recipe.base_model
     names = [name for item in plan.inputs.merged if not item.is_local for name in item.label.split("+")]
     items = [item for item in plan.inputs.merged if base is None or item.label != base.text]
+    earlier = plan.running.earlier if plan.running is not None else None
+    before = [] if earlier is None else earlier.models
+    names = [*(name for entry in before if entry["revision"] for name in entry["model"].split("+")), *names]
     return card(
         title=title,
         method=plan.method,
         base=None if base is None else plan.inputs[base].public,
-        models=[item.public for item in items],
+        models=[*(entry["model"] for entry in before), *(item.public for item in items)],
         hub_ids=[name for text in dict.fromkeys(names) if (name := hub_id(text))],
-        license_name=licence_of(plan.inputs),
+        license_name=licence_of(plan.inputs, None if earlier is None else earlier.folder),
         recipe=_public(plan, plan.recipe.text),
         notices=notices,
         library=library_of(plan.inputs.donor.checkpoint.beside),

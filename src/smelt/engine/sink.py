@@ -110,6 +110,10 @@ class DiskSink:
             release = _nothing
         self._digests[name].add(start, read, release)
 
+    def read(self, name: str, start: int, out: npt.NDArray[Any]) -> None:
+        """Fill ``out`` with elements that have been written, as they are stored."""
+        self._writer.read(name, start, out)
+
     def finish(self, name: str) -> None:
         """Called by one thread alone."""
         if self._journal is not None:

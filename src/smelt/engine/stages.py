@@ -25,7 +25,7 @@ from ..checkpoint import Checkpoint, TensorInfo
 from ..errors import OperationFailed, UsageError, show
 from ..recipe import ModelReference, Recipe, Stage, in_order
 from .config import patched_configs
-from .inputs import Input, Places
+from .inputs import Input, Places, identified
 from .manifest import versions
 from .options import Options, options_of
 from .planning import Plan, RecipeLike, make_plan, read_recipes
@@ -146,11 +146,12 @@ def fingerprint(plan: Plan) -> str:
         options.truncate_embeddings, plan.measured,
         [_identity(item) for item in (*plan.inputs, *plan.inputs.beside.values())],
         {name: hashlib.sha256(data).hexdigest() for name, data in plan.side_files().items()},
+        *([] if plan.running is None else [plan.running.made_of]),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
 
 
 def _identity(item: Input) -> list[Any]:
     """What tells one state of an input from another; arrays in memory are never the same twice."""
-    files = [[str(f.path.resolve()), f.device, f.inode, f.size, f.mtime_ns, f.version] for f in item.checkpoint.files()]
+    files = [identified(file) for file in item.checkpoint.files()]
     return [item.label, dict(item.checkpoint.config), files or secrets.token_hex(16)]

@@ -11,7 +11,7 @@ from typing import Any
 from .. import storage
 from ..checkpoint import ADAPTER, Checkpoint, Part, TensorInfo, load, load_adapter, plan_file
 from ..errors import InputRejected, show
-from .manifest import FORMAT, NAME, sum_of
+from .manifest import FORMAT, NAME, STATE_FOLDER, sum_of
 from .progress import Progress, Silent
 from .sink import sha256_of
 
@@ -41,13 +41,17 @@ def verify(folder: str | Path, *, progress: Progress | None = None) -> Verificat
     folder = Path(folder)
     content = read_manifest(folder)
     found = Verification(folder)
-    _verify_files(folder, content["files"], found)
+    state = content.get("state", {}).get("tensors", {})
+    _verify_files(folder, content["files"], found, bool(state))
     try:
         _verify_tensors(folder, content["tensors"], found, progress or Silent())
+        if state:
+            _verify_tensors(folder / STATE_FOLDER, state, found, progress or Silent())
     except InputRejected as error:
         found.problems += error.problems
     if found.ok:
         found.problems += _changed_headers(folder, content["tensors"])
+        found.problems += _changed_headers(folder, state)
     return found
 
 
@@ -61,17 +65,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise ValueError(f"format {content['format']!r}, expected {FORMAT}")
         if not all({"dtype", "shape", "sha256"} <= tensor.keys() for tensor in content["tensors"].values()):
             raise ValueError("a tensor lacks its dtype, shape or sha256")
-        if not isinstance(content["files"], Mapping):
-            raise ValueError("files is no object")
+        if not isinstance(content["files"], Mapping) or not isinstance(content.get("state", {}), Mapping):
+            raise ValueError("files or state is no object")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputRejected(f"{show(path)} is not a manifest that this version reads: {error}") from error
     return content  # type: ignore[no-any-return]
 
 
-def _verify_files(folder: Path, wanted: Mapping[str, str], found: Verification) -> None:
-    """Side files byte by byte; files that nobody listed."""
+def _verify_files(folder: Path, wanted: Mapping[str, str], found: Verification, state: bool) -> None:
+    """Side files byte by byte; files that nobody listed. ``state``: whether there is to be one."""
     present = set(storage.files_below(folder)) - {NAME}
     weights = {name for name in present if name.endswith((".safetensors", ".gguf"))}
+    weights -= set() if state else {name for name in weights if name.startswith(f"{STATE_FOLDER}/")}
     found.problems += [f"file {show(name)} is missing" for name in sorted(set(wanted) - present)]
     found.problems += [f"file {show(name)} is not in the manifest" for name in sorted(present - weights - set(wanted))]
     for name in sorted(set(wanted) & present):

@@ -40,9 +40,9 @@ from .words import did_you_mean
 
 __all__ = [
     "AdapterReference", "Condition", "InputModel", "ModelReference", "OutputModule", "OutputOptions", "OutputSlice",
-    "PlacedSetting", "Position", "Recipe", "Setting", "Stage", "TokenRow", "TokenRule", "TokenizerOptions", "Value",
-    "convert", "depth_in_slice", "did_you_mean", "in_order", "levels", "not_yet", "parse", "parse_mapping",
-    "parse_reference", "parse_size", "resolve_parameter",
+    "PlacedSetting", "Position", "Recipe", "Setting", "Stage", "TokenRow", "TokenRule", "TokenizerOptions",
+    "Value", "as_mapping", "convert", "depth_in_slice", "did_you_mean", "in_order", "levels", "not_yet", "parse",
+    "parse_mapping", "parse_reference", "parse_size", "resolve_parameter",
 ]  # fmt: skip
 
 
@@ -66,6 +66,16 @@ def parse_mapping(mapping: Mapping[str, Any], origin: str = "<recipe>") -> list[
     report = Report()
     node = from_plain(mapping, origin, report)
     return _read([(node, json.dumps(to_plain(node), indent=2))], report)
+
+
+def as_mapping(text: str, origin: str = "<recipe>") -> dict[str, Any]:
+    """The one document of a YAML text as plain data. UsageError where there are others, or no mapping."""
+    report = Report()
+    found = [to_plain(node) for node, _ in documents(text, origin, report)]
+    UsageError.gather(report.problems)
+    if len(found) != 1 or not isinstance(found[0], dict):
+        raise UsageError(f"{origin}: expected one document with keys, found {len(found)} documents")
+    return found[0]
 
 
 def _read(sources: list[tuple[Node, str]], report: Report) -> list[Recipe]:
