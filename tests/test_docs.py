@@ -75,10 +75,11 @@ def here(models: Path, tmp_path: Path) -> Iterator[Path]:
 # --- examples run ---------------------------------------------------------------------------------------
 
 
-def test_examples_of_the_readme_run(here: Path) -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/continuing.md"])
+def test_examples_of_a_page_run(page: str, here: Path) -> None:
     """All of them in one folder, in the order of the page, as a reader would."""
     runners = {"yaml": keep, "python": run_python, "console": run_console}
-    for block in blocks(ROOT / "README.md", *runners):
+    for block in blocks(ROOT / page, *runners):
         runners[block.language](block)
 
 
