@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 @common
 @click.pass_context
 def command(
-    ctx: click.Context, words: tuple[str, ...], merged: str | None, base: str | None, dry_run: bool, as_json: bool,
+    ctx: click.Context, /, words: tuple[str, ...], merged: str | None, base: str | None, dry_run: bool, as_json: bool,
     **options: Any,
 ) -> None:  # fmt: skip
     """Merge models as RECIPE says (a YAML file, or - for stdin) into OUT, a folder that does not exist yet.
