@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from benchmarks import matrix
 
 import smelt
 from smelt.errors import UsageError
 from smelt.methods.descent import adam, momentum_share
 from smelt.methods.effective_rank import RULES
-from smelt.methods.interference import Term, quadratic
+from smelt.methods.interference import Term, moved, quadratic, slope
 from tests.small_models import Arrays, fine_tuned, llama
 from tests.tensors import BASE, X, Y, Z, assert_close, bits
 
@@ -39,13 +40,14 @@ def minimum(deltas: list[Any]) -> Any:
 # --- the quadratic form ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(30, 8), (2, 20)])
-def test_the_gradient_is_that_of_the_loss(shape: tuple[int, int]) -> None:
-    deltas = changes(shape)
-    form = quadratic((Term(0.5, d, d) for d in deltas), 3 * shape[0], shape)
-    place = np.random.default_rng(9).standard_normal(shape)
-    wanted = sum(2 * 0.5 * (place - d) @ d.T @ d for d in deltas)
-    np.testing.assert_allclose(form.gradient(place), wanted, rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("shape", [(30, 8), (2, 20), (7, 20)])
+def test_the_slope_is_that_of_the_loss(shape: tuple[int, int]) -> None:
+    """With more rows than columns, with few, and with as good as as many."""
+    deltas, start = changes(shape), np.random.default_rng(8).standard_normal(shape)
+    way = np.random.default_rng(9).standard_normal(shape).astype(np.float32)
+    found = slope((Term(0.5, d, d) for d in deltas), 3 * shape[0], start)(way)
+    wanted = sum(2 * 0.5 * (start + way - d) @ d.T @ d for d in deltas)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())
 
 
 def test_momentum_at_once_is_momentum_step_by_step() -> None:
@@ -54,17 +56,18 @@ def test_momentum_at_once_is_momentum_step_by_step() -> None:
     start = sum(deltas)
     place, speed = start.copy(), np.zeros_like(start)
     for _ in range(40):
-        speed = 0.9 * speed + form.gradient(place)
+        speed = 0.9 * speed + sum(2 * 0.1 * (place - d) @ d.T @ d for d in deltas)
         place = place - 0.01 * speed
     spectrum = form.spectrum()
-    at_once = form.moved(start, spectrum, momentum_share(2 * spectrum.values, 0.01, 0.9, 40))
+    at_once = moved(form.pull, start, spectrum, momentum_share(2 * spectrum.values, 0.01, 0.9, 40))
     np.testing.assert_allclose(at_once, place, rtol=0, atol=1e-12)
 
 
 def test_adam_reaches_the_minimum_in_even_steps() -> None:
-    target = np.array([[3.0, -2.0]])
-    np.testing.assert_allclose(adam(np.zeros((1, 2)), lambda x: 2 * (x - target), 0.01, 1), 0.01 * np.sign(target))
-    np.testing.assert_allclose(adam(np.zeros((1, 2)), lambda x: 2 * (x - target), 0.05, 2000), target, atol=1e-3)
+    target = np.array([[3.0, -2.0]], np.float32)
+    one, many = (adam(lambda x: 2 * (x - target), (1, 2), *how) for how in ((0.01, 1), (0.05, 2000)))
+    np.testing.assert_allclose(one, 0.01 * np.sign(target), rtol=1e-6)
+    np.testing.assert_allclose(many, target, atol=1e-3)
 
 
 # --- wudi -----------------------------------------------------------------------------------------------
@@ -247,3 +250,16 @@ def test_optmerge_leaves_encoders_embeddings_heads_norms_and_biases() -> None:
 def test_momentum_has_no_effect_on_adam() -> None:
     with pytest.raises(UsageError, match="momentum has no effect with mode: full"):
         merge_tensors("optmerge", [X, Y], BASE, parameters={"mode": "full", "momentum": 0.5})
+
+
+# --- against the straightforward way --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (80, 32), (32, 80)])
+@pytest.mark.parametrize("name", ["tsv", "r_tsvm", "iso", "iso_cts", "wudi", "doge", "optmerge", "opcm"])
+def test_errors_are_below_those_of_full_decompositions_and_loops_in_fp32(name: str, shape: tuple[int, int]) -> None:
+    base, models, _ = matrix.inputs(shape, 0, False)
+    given = [(base, models, [])]
+    single, exact = (matrix.merge_plainly(name, given, dtype)[0] for dtype in (np.float32, np.float64))
+    (found,) = matrix.merge_by_smelt(name, given, 1)
+    assert np.linalg.norm(found - exact) < 0.5 * np.linalg.norm(single - exact)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import smelt
+from smelt.kernels import lapack
 from smelt.methods.r_tsvm import shares
-from smelt.methods.spectral import combined, eigenpairs, orthogonal_sum, polar, spectrum_and_polar, triplets
+from smelt.methods.spectral import combined, descending, orthogonal_sum, polar, spectrum_and_polar, triplets
 from tests.small_models import Arrays
 from tests.tensors import assert_close
 
@@ -233,11 +234,11 @@ def test_small_singular_values_are_as_exact_as_those_of_an_svd(shape: tuple[int,
 
 
 @pytest.mark.parametrize("size", [512, 1024])
-def test_eigenpairs_of_sizes_that_caches_bear_badly(size: int) -> None:
+def test_eigenproblems_of_sizes_that_caches_bear_badly(size: int) -> None:
     factor = drawn(size, 20)
     gram = factor @ factor.T
-    values, vectors = eigenpairs(gram)
-    np.testing.assert_allclose(values, np.linalg.eigvalsh(gram), atol=1e-11 * size)
+    values, vectors = descending(gram.copy())
+    np.testing.assert_allclose(values[::-1], np.linalg.eigvalsh(gram), atol=1e-11 * size)
     np.testing.assert_allclose((vectors * values) @ vectors.T, gram, atol=1e-11 * size)
     np.testing.assert_allclose(vectors.T @ vectors, np.eye(size), atol=1e-12)
 
@@ -248,3 +249,50 @@ def test_the_sum_of_orthogonalised_triplets_is_made_of_polar_factors() -> None:
         twice = [parts[0], parts[0], parts[1]]
         for chosen in (parts, twice):
             np.testing.assert_allclose(orthogonal_sum(chosen), combined(chosen, orthogonal=True).matrix(), atol=1e-10)
+
+
+@pytest.mark.parametrize("scale", [1e-140, 1e-30, 1e30, 1e140])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_scale_changes_nothing_but_the_singular_values(shape: tuple[int, int], scale: float) -> None:
+    matrix = conditioned(shape, 1e3)
+    (sigma, factor), (scaled, alike) = spectrum_and_polar(matrix), spectrum_and_polar(scale * matrix)
+    np.testing.assert_allclose(scaled / scale, sigma, rtol=1e-9)
+    np.testing.assert_allclose(alike, factor, atol=1e-9)
+    np.testing.assert_allclose(triplets(scale * matrix, 1).matrix() / scale, triplets(matrix, 1).matrix(), atol=1e-13)
+
+
+ALIKE = {"equal": [1] * 30, "in groups": [1] * 10 + [0.1] * 10 + [1e-5] * 10, "few": [3, 2, 2] + [0] * 27}
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (30, 40), (30, 30)])
+@pytest.mark.parametrize("values", ALIKE)
+def test_equal_and_lacking_singular_values(values: str, shape: tuple[int, int]) -> None:
+    """What does not depend on the vectors' choice is as an SVD has it: cuts between groups, and the polar factor."""
+    sigma = np.array(ALIKE[values], np.float64)
+    left, _, right = np.linalg.svd(drawn(*shape), full_matrices=False)
+    matrix = (left * sigma) @ right
+    for count in np.flatnonzero(np.diff(sigma, append=0)) + 1:
+        cut = triplets(matrix, int(count))
+        np.testing.assert_allclose(cut.matrix(), (left * sigma)[:, :count] @ right[:count], atol=1e-12)
+        np.testing.assert_allclose(cut.right.T @ cut.right, np.eye(count), atol=1e-10)
+        np.testing.assert_allclose(cut.left @ cut.left.T, left[:, :count] @ left[:, :count].T, atol=1e-8)
+    found, factor = spectrum_and_polar(matrix)
+    np.testing.assert_allclose(found, sigma[sigma > 0], rtol=1e-9)
+    np.testing.assert_allclose(factor, left[:, sigma > 0] @ right[sigma > 0], atol=1e-8)
+
+
+def test_numpy_alone_finds_the_same(monkeypatch: Any) -> None:
+    """Where its LAPACK cannot be called by name."""
+    matrices = [conditioned(shape, kappa) for shape in (*SHAPES, (30, 20)) for kappa in (1e2, 1e8)]
+    here = [(triplets(matrix, 3).matrix(), polar(matrix)) for matrix in matrices]
+    monkeypatch.setattr(lapack, "library", lambda: None)
+    for matrix, (cut, factor) in zip(matrices, here, strict=True):
+        np.testing.assert_allclose(triplets(matrix, 3).matrix(), cut, atol=1e-13)
+        np.testing.assert_allclose(polar(matrix), factor, atol=1e-7)
+
+
+def test_iso_cts_of_tasks_that_live_in_the_common_directions() -> None:
+    """What remains of them is rounding, which must not be taken for directions."""
+    shared = drawn(10, 5) @ drawn(5, 7)
+    out = merged("iso", [shared, 2 * shared, 3 * shared], variant="iso_cts")
+    np.testing.assert_allclose(out, merged("iso", [6 * shared]), atol=1e-10)

@@ -18,19 +18,18 @@ on how large the task vectors are, unless they are normalised.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..kernels.program import Copy, Rank, Whole, call
-from .descent import Matrix, adam, strips
+from .descent import Matrix, Single, adam, strips
 from .interference import linear_weight, squared_norm
 from .registry import EXCLUDE, Citation, Method, Parameter, Steps
 from .spectral import triplets
-from .task_matrices import held
+from .task_matrices import at_most
 from .tensors import Model, Tensor, delta
 
 
@@ -80,26 +79,37 @@ def _correction(changes: list[Matrix], factors: list[float], models: int, option
     shared = _shared_directions(changes, models, options["subspace"])
     unit = float(np.sqrt(sum(squared_norm(c) for c in changes) / sum(c.size for c in changes)))
     unit = unit if options["normalise"] else 1.0
-    rows = np.stack(changes, axis=1)
-    rows /= unit
-    total, parts = sum(factors), strips(changes[0].shape)
-    merged = np.asarray(sum(factor / unit * change for factor, change in zip(factors, changes, strict=True)))
-    gaps = _along(rows, -merged) + np.einsum("rti,rti->rt", rows, rows)
+    moved = adam(_gradient(changes, factors, unit, shared), changes[0].shape, options["lr"], options["steps"])
+    moved *= unit
+    return moved
 
-    def gradient(place: Matrix) -> Matrix:
-        slope = np.empty_like(place)
+
+def _gradient(changes: list[Matrix], factors: list[float], unit: float, shared: Matrix) -> Callable[[Single], Single]:
+    """That of L of the task vectors over ``unit``, outside the ``shared`` directions, as a function of D.
+
+    What D = 0 has of it is found in fp64, the rest in fp32.
+    """
+    merged = sum(factor * change for factor, change in zip(factors, changes, strict=True))
+    total, parts = sum(factors), strips(changes[0].shape)
+    fixed = np.zeros_like(changes[0])
+    for change in changes:
+        fixed += np.einsum("ri,ri->r", change, change - merged)[:, None] * change
+    fixed -= shared @ (shared.T @ fixed)
+    fixed *= -2 * total / unit**3
+    start, narrow = np.asarray(fixed, np.float32), np.asarray(shared, np.float32)
+    rows = np.stack([np.asarray(change / unit, np.float32) for change in changes], axis=1)
+
+    def gradient(way: Single) -> Single:
+        slope = np.empty_like(way)
         for part in parts:
-            left = -2 * total * (gaps[part] - total * _along(rows[part], place[part]))
-            slope[part] = (left[:, None, :] @ rows[part])[:, 0]
-        slope -= shared @ (shared.T @ slope)
+            along = rows[part] @ way[part][:, :, None]
+            along *= 2 * total * total
+            slope[part] = (along.transpose(0, 2, 1) @ rows[part])[:, 0]
+        slope -= narrow @ (narrow.T @ slope)
+        slope += start
         return slope
 
-    return unit * adam(np.zeros_like(changes[0]), gradient, options["lr"], options["steps"])
-
-
-def _along(rows: npt.NDArray[np.float64], matrix: Matrix) -> Matrix:
-    """Each row of the matrix (out, in) times the same row of every task vector (out, n, in): (out, n)."""
-    return np.asarray((rows @ matrix[:, :, None])[:, :, 0])
+    return gradient
 
 
 def _shared_directions(changes: list[Matrix], models: int, subspace: int) -> Matrix:
@@ -110,8 +120,12 @@ def _shared_directions(changes: list[Matrix], models: int, subspace: int) -> Mat
 
 
 def holds(tensor: Tensor) -> tuple[int, int]:
-    """The task vectors twice and the work of descent."""
-    return held(tensor, 21 * tensor.size + 70, 3) if linear_weight(tensor) else (1, 0)
+    """In turns: the task vectors and a decomposition, the task vectors twice and the work of descent."""
+    if not linear_weight(tensor):
+        return 1, 0
+    length = min(tensor.shape)
+    decomposed = (13 * tensor.size + 22) * tensor.count + 32 * length * length
+    return at_most(tensor, decomposed, (17 * tensor.size + 43) * tensor.count)
 
 
 METHODS = (

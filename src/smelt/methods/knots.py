@@ -30,14 +30,15 @@ import numpy.typing as npt
 from ..checkpoint import Factors
 from ..kernels.arrays import apply
 from ..kernels.blas import one_thread
+from ..kernels.lapack import square
 from ..kernels.program import Call, Copy, Draw, Rows, Source, Whole
 from ..kernels.random import drawn, words
 from ..kernels.vocabulary import where
 from .interference import linear_weight
 from .low_rank import added, holds_factors, is_low_rank, is_unchanged, transposed, with_shared_rows
 from .registry import EXCLUDE, SCOPE, Citation, Method, Parameter, Steps
-from .spectral import Matrix, eigenpairs, finite
-from .task_matrices import ALPHA, TOLERANCE, averaged, delta_of, held
+from .spectral import Matrix, descending, finite, strips_of
+from .task_matrices import ALPHA, TOLERANCE, at_most, averaged, delta_of, held
 from .tensors import Model, Tensor
 
 Coordinates = npt.NDArray[np.float32]
@@ -84,7 +85,7 @@ def _coordinates(deltas: list[Matrix], tolerance: float) -> Aligned:
 
 def _wide(deltas: list[Matrix], tolerance: float) -> Aligned:
     """The Gram matrix of the side that all share is the sum of everyone's own."""
-    gram = np.zeros((len(deltas[0]),) * 2)
+    gram = square(len(deltas[0]))
     for delta in deltas:
         gram += delta @ delta.T
     basis = _leading(gram, tolerance)[1]
@@ -94,17 +95,17 @@ def _wide(deltas: list[Matrix], tolerance: float) -> Aligned:
 def _tall(deltas: list[Matrix], tolerance: float) -> Aligned:
     """Where all columns together are fewer than rows, theirs is the smaller."""
     joint = np.concatenate(deltas, axis=1)
-    sigma, right = _leading(joint.T @ joint, tolerance)
+    sigma, right = _leading(strips_of(joint).gram(), tolerance)
     coordinates = np.asarray((right * sigma).T, np.float32)
     return Aligned((joint, right / sigma), tuple(np.split(coordinates, len(deltas), axis=1)))
 
 
 def _leading(gram: Matrix, tolerance: float) -> tuple[Matrix, Matrix]:
     """Singular values, the largest first, from a Gram matrix, and their vectors (n, r)."""
-    values, vectors = eigenpairs(gram)
+    values, vectors = descending(gram)
     least = max(tolerance * tolerance, 10 * len(gram) * float(np.finfo(np.float64).eps))
-    count = int((values > least * max(0.0, values[-1])).sum())
-    return np.sqrt(values[::-1][:count]), vectors[:, ::-1][:, :count]
+    count = int((values > least * max(0.0, values[0])).sum())
+    return np.sqrt(values[:count]), vectors[:, :count]
 
 
 def thinned(found: Aligned, kept: tuple[Any, ...], rate: float) -> Aligned:
@@ -300,8 +301,10 @@ def holds(tensor: Tensor) -> tuple[int, int]:
         return holds_factors(tensor, rank * (8 * rows + each * columns + 24 * rank))
     joint = tensor.size * columns
     if rows <= joint:
-        return held(tensor, 16 * tensor.size + 21, 5, rows)
-    return held(tensor, 24 * tensor.size + 21, 7, joint)
+        squares = 8 * rows * rows
+        decomposed = (12 * tensor.size + 4) * tensor.count + 3.5 * squares
+        return at_most(tensor, int(decomposed), int((16 * tensor.size + 20.5) * tensor.count + 1.9 * squares))
+    return held(tensor, 20 * tensor.size + 10, 3.5, joint)
 
 
 METHODS = (

@@ -184,7 +184,7 @@ def dominated(total: Matrix, delta: Matrix, alpha: float, diagonal: bool) -> Mat
 def holds(tensor: Tensor) -> tuple[int, int]:
     if tensor.state is not None or not _is_projected(tensor):
         return 1, 0
-    return held(tensor, 4 * (tensor.size + 1 + (tensor.before is not None)) + 39, 4)
+    return held(tensor, 4 * (tensor.size + 1 + (tensor.before is not None)) + 37, 2.8)
 
 
 def _numbers(known: Known) -> dict[str, float]:

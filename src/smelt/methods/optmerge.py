@@ -28,7 +28,7 @@ import numpy as np
 from ..errors import UsageError
 from ..kernels.program import Call, Copy, Whole, call
 from .descent import Matrix, adam, momentum_share
-from .interference import Term, quadratic, squared_norm, task_vector
+from .interference import Term, moved, quadratic, slope, squared_norm, task_vector
 from .linear import weighted_sum
 from .low_rank import holds_core, is_low_rank, is_unchanged, merged_in_core
 from .registry import LAMBDA, Citation, Method, Parameter
@@ -84,9 +84,11 @@ def _from_adapters(tensor: Tensor) -> bool:
 
 def _from_sum(changes: list[Matrix], rank: int, options: Mapping[str, Any]) -> Matrix:
     """W by Adam, its targets cut around the mean."""
-    total = np.add.reduce(changes)
-    form = quadratic(_terms(changes, rank, total / len(changes)), rank * len(changes), total.shape, True)
-    return adam(total, form.gradient, 1e-5 if options["lr"] is None else options["lr"], options["iter_num"])
+    total, rate = np.add.reduce(changes), 1e-5 if options["lr"] is None else options["lr"]
+    terms = _terms(changes, rank, total / len(changes))
+    way = adam(slope(terms, rank * len(changes), total), total.shape, rate, options["iter_num"])
+    way += total
+    return way
 
 
 def _from_mean(changes: list[Matrix], rank: int, options: Mapping[str, Any]) -> Matrix:
@@ -97,7 +99,7 @@ def _from_mean(changes: list[Matrix], rank: int, options: Mapping[str, Any]) -> 
     spectrum = form.spectrum()
     rate = (5e-2 if whole else 1e-4) if options["lr"] is None else options["lr"]
     shares = momentum_share(2 * spectrum.values, rate, options["momentum"], options["iter_num"])
-    return form.moved(mean, spectrum, shares)
+    return moved(form.pull, mean, spectrum, shares)
 
 
 def _terms(changes: list[Matrix], rank: int, center: Matrix, whole: bool = False) -> Iterator[Term]:

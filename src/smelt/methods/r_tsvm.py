@@ -128,7 +128,7 @@ def is_truncated(tensor: Tensor) -> bool:
 
 
 def holds(tensor: Tensor) -> tuple[int, int]:
-    return held(tensor, 4 * (tensor.size + 1) + 38, 11) if is_truncated(tensor) else (1, 0)
+    return held(tensor, 4 * (tensor.size + 1) + 38, 5.8) if is_truncated(tensor) else (1, 0)
 
 
 METHODS = (

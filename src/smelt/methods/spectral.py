@@ -1,6 +1,7 @@
 """Singular vectors, polar factors and what is made of them, for methods on matrices: numpy, fp64, one call each.
 
-A decomposition comes from the Gram matrix of the short side (an eigenproblem: a third of an SVD's time). There what
+A decomposition comes from the Gram matrix of the short side (an eigenproblem: a third of an SVD's time, less where few
+vectors are wanted). There what
 belongs to small singular values drowns in rounding, as the square of the condition number; where that matters it is
 found again in the complement of the large ones, from the matrix itself, as exactly as an SVD has it. Singular values
 up to ``tolerance`` times the largest, and never less than rounding makes of them, count as zero: their vectors
@@ -18,15 +19,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ..kernels.lapack import eigenproblem, square
+
 Matrix = npt.NDArray[np.float64]
 
 #: Below this share of the largest eigenvalue of a Gram matrix its eigenvectors lose more than five digits,
 _SAFE = 1e-10
 #: and above this one they have ten.
 _GOOD = 1e-6
-
-#: Rows put before a matrix to shift it in memory.
-_PAD = 8
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,11 @@ class Strips:
     def gram(self) -> Matrix:
         """A^T A (n, n)."""
         total = square(self.shape[1])
-        for part in self.parts():
-            total += part.T @ part
+        for number, part in enumerate(self.parts()):
+            if number:
+                total += part.T @ part
+            else:
+                np.matmul(part.T, part, out=total)
         return total
 
     def onto(self, right: Matrix) -> Matrix:
@@ -81,6 +84,11 @@ class Strips:
     def times(self, right: Matrix) -> Strips:
         """A B."""
         return Strips((self.shape[0], right.shape[1]), lambda: (part @ right for part in self.parts()))
+
+    def held(self) -> Strips:
+        """The same, from now on held."""
+        found = list(self.parts())
+        return Strips(self.shape, lambda: found)
 
 
 def strips_of(matrix: Matrix) -> Strips:
@@ -104,39 +112,10 @@ def finite(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return values if fine.all() else np.where(fine, values, np.zeros((), values.dtype))
 
 
-def eigenpairs(gram: Matrix) -> tuple[Matrix, Matrix]:
-    """As ``numpy.linalg.eigh``, for a positive semi-definite matrix (n, n): values ascending, vectors in columns.
-
-    Where rows lie a multiple of 4 KiB apart, which the caches bear badly (15 % of the time), a few rows of another
-    matrix are put before them: they stay apart, and come first. What :func:`square` made has room for these.
-    """
-    size = len(gram)
-    if not size or size % 512:
-        return np.linalg.eigh(gram)
-    apart = gram.base
-    if apart is None or apart.shape != (size + _PAD,) * 2:
-        copy = square(size)
-        copy[:] = gram
-        apart = copy.base
-    assert apart is not None
-    np.fill_diagonal(apart[:_PAD, :_PAD], -1.0 - float(np.trace(gram)))
-    values, vectors = np.linalg.eigh(apart)
-    return values[_PAD:], vectors[_PAD:, _PAD:]
-
-
 def descending(gram: Matrix) -> tuple[Matrix, Matrix]:
-    """The same, the largest first; turned round a few rows at a time, because each n x n counts."""
-    values, vectors = eigenpairs(gram)
-    for first in range(0, len(gram), 64):
-        rows = vectors[first : first + 64]
-        rows[:] = rows[:, ::-1].copy()
-    return values[::-1], vectors
-
-
-def square(size: int) -> Matrix:
-    """Zeros (n, n) in memory as :func:`eigenpairs` wants them, which saves it a copy."""
-    pad = 0 if size % 512 else _PAD
-    return np.zeros((size + pad,) * 2)[pad:, pad:]
+    """The eigenvalues of a positive semi-definite matrix (n, n), the largest first, and vectors; it is used up."""
+    values, vectors = eigenproblem(gram)
+    return values, vectors(len(values))
 
 
 #: How many singular triplets: so many, or as many as a function says of all singular values, the largest first.
@@ -171,11 +150,9 @@ def polar(matrix: npt.NDArray[Any], tolerance: float = 0.0) -> Matrix:
 def spectrum_and_polar(matrix: npt.NDArray[Any], tolerance: float = 0.0) -> tuple[Matrix, Matrix]:
     """The singular values that count, the largest first, and the polar factor."""
     given = np.asarray(matrix, np.float64)
-    if given.shape[0] < given.shape[1]:
-        sigma, turned = spectrum_and_polar(given.T, tolerance)
-        return sigma, turned.T
-    root = inverse_root(given, tolerance)
-    return root.sigma, given @ root.matrix
+    wide = given.shape[0] < given.shape[1]
+    root = inverse_root(given.T if wide else given, tolerance)
+    return root.sigma, root.matrix @ given if wide else given @ root.matrix
 
 
 class InverseRoot(NamedTuple):
@@ -189,7 +166,8 @@ def inverse_root(matrix: Matrix | Strips, tolerance: float = 0.0) -> InverseRoot
     tall = matrix if isinstance(matrix, Strips) else strips_of(matrix)
     sigma, right = _right_side(tall)
     count = int((sigma > _floor(tall.shape, tolerance) * sigma.max(initial=0)).sum())
-    half = right[:, :count] / np.sqrt(sigma[:count])
+    half = right[:, :count]
+    half /= np.sqrt(sigma[:count])
     return InverseRoot(half @ half.T, sigma[:count])
 
 
@@ -202,6 +180,8 @@ class RightSide(NamedTuple):
 
 def right_side(tall: Strips, count: Count | None = None, tolerance: float = 0.0) -> RightSide:
     """Of the largest ``count`` singular triplets, all by default, and fewer where the rank is less."""
+    if count == 0:
+        return RightSide(np.zeros(0), np.zeros((tall.shape[1], 0)))
     sigma, vectors = _right_side(tall, count)
     found = sigma[: _counted(count, sigma)]
     kept = int((found > _floor(tall.shape, tolerance) * found.max(initial=0)).sum())
@@ -240,18 +220,22 @@ def _largest(tall: Matrix, count: Count | None) -> Triplets:
     sigma, right = _right_side(strips_of(tall), count)
     wanted = _counted(count, sigma)
     left = tall @ right[:, :wanted]
-    return Triplets(left / np.maximum(sigma[:wanted], np.finfo(np.float64).tiny), sigma[:wanted], right[:, :wanted])
+    left /= np.maximum(sigma[:wanted], np.finfo(np.float64).tiny)
+    return Triplets(left, sigma[:wanted], right[:, :wanted])
 
 
 def _right_side(tall: Strips, count: Count | None = None) -> tuple[Matrix, Matrix]:
-    """All singular values of A (m, n), m >= n, the largest first, and their right vectors (n, n).
+    """All singular values of A (m, n), m >= n, the largest first, and the right vectors (n, k) of ``count`` at least.
 
-    Only the ``count`` largest need be exact.
+    Only the ``count`` largest are exact.
     """
-    values, vectors = descending(tall.gram())
+    values, make = eigenproblem(tall.gram())
     sigma = np.sqrt(np.maximum(values, 0))
     wanted = _counted(count, sigma)
-    if wanted and values[wanted - 1] <= _SAFE * values[0]:
+    exact = not wanted or values[wanted - 1] > _SAFE * values[0]
+    vectors = make(wanted if exact else len(sigma))
+    del make
+    if not exact:
         _refine(tall, sigma, vectors)
     return sigma, vectors
 

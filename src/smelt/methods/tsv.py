@@ -61,6 +61,9 @@ from .task_matrices import (
 )
 from .tensors import Tensor, delta
 
+#: A matrix is long, like a table of tokens, where it has so many times more rows than columns.
+_LONG = 8
+
 
 def merge(tensor: Tensor) -> Call | Copy | Whole:
     task = task_of(tensor)
@@ -80,6 +83,11 @@ def merge(tensor: Tensor) -> Call | Copy | Whole:
     return Whole(merged_in_strips, given, strips=True) if _fill_no_more_than(tensor) else Whole(merged, given)
 
 
+def _is_kept(shape: tuple[int, ...]) -> bool:
+    """Whether U is held: where it is of the size of square matrices, or of a strip as it is."""
+    return shape[0] <= _LONG * shape[1]
+
+
 def _fill_no_more_than(tensor: Tensor) -> bool:
     """Whether all tasks together have no more directions than the matrix."""
     return rank_of(tensor) * tensor.size <= min(tensor.shape)
@@ -89,32 +97,36 @@ def merged_in_strips(
     base: Source, models: tuple[Source, ...], weights: tuple[float, ...], scale: float, rank: int, orthogonal: bool,
     tolerance: float,
 ) -> Iterator[Matrix]:  # fmt: skip
-    """As :func:`merged`, of matrices that are never held; U is D_t V_t / S_t, strip by strip."""
+    """As :func:`merged`, of matrices that are never held; U is D_t V_t / S_t, kept where it is not much longer than
+    wide, else made strip by strip."""
     turned = base.shape[0] < base.shape[1]
-    joint, middle = _joint([task_strips(base, model) for model in models], weights, rank, orthogonal, tolerance)
+    deltas = [task_strips(base, model) for model in models]
+    joint, middle = _joint(deltas, weights, rank, orthogonal, tolerance, _is_kept(base.shape))
     for (first, last), strip in zip(spans(base.shape), joint.parts(), strict=True):
-        change = strip @ middle
+        change = middle.T @ strip.T if turned else strip @ middle
         change *= scale
-        change = change.T if turned else change
         change += base.rows(first, last)
         yield change
 
 
 def _joint(
-    deltas: list[Strips], weights: tuple[float, ...], rank: int, orthogonal: bool, tolerance: float
+    deltas: list[Strips], weights: tuple[float, ...], rank: int, orthogonal: bool, tolerance: float, kept: bool
 ) -> tuple[Strips, Matrix]:
     """U, and what it is multiplied by from the right: the rest of its polar factor, S, and that of V^T."""
-    sides = [right_side(delta, rank, tolerance) for delta in deltas]
-    sigma = np.concatenate([side.sigma * weight for side, weight in zip(sides, weights, strict=True)])
-    right = np.concatenate([side.vectors for side in sides], axis=1)[:, sigma != 0]
-    joint = beside([
-        delta.times(side.vectors / side.sigma)
-        for delta, side, weight in zip(deltas, sides, weights, strict=True) if len(side.sigma) and weight != 0
-    ] or [deltas[0].times(right)])  # fmt: skip
-    sigma = sigma[sigma != 0]
+    left, sigmas, rights = [], [], []
+    for task, weight in zip(deltas, weights, strict=True):
+        sigma, vectors = right_side(task, rank if weight else 0, tolerance)
+        if len(sigma) or task is deltas[0]:
+            own = task.times(vectors / sigma)
+            left.append(own.held() if kept else own)
+            sigmas.append(sigma * weight)
+            rights.append(vectors)
+    joint, sigma, right = beside(left), np.concatenate(sigmas), np.concatenate(rights, axis=1)
+    del left, rights, vectors
     if not orthogonal or len(deltas) == 1:
         return joint, sigma[:, None] * right.T
-    return joint, inverse_root(joint).matrix @ (sigma[:, None] * (inverse_root(right).matrix @ right.T))
+    right = sigma[:, None] * (inverse_root(right).matrix @ right.T)
+    return joint, inverse_root(joint).matrix @ right
 
 
 def merged(base: Any, models: Any, weights: Any, scale: float, rank: int, orthogonal: bool, tolerance: float) -> Any:
@@ -184,16 +196,19 @@ def is_truncated(tensor: Tensor) -> bool:
 
 def holds(tensor: Tensor) -> tuple[int, int]:
     if tensor["task"] is not None:
-        return held(tensor, 30, 4.2) if len(tensor.shape) == 2 else (1, 0)
+        return held(tensor, 26, 3.15) if len(tensor.shape) == 2 else (1, 0)
     if not is_truncated(tensor) or is_unchanged(tensor):
         return 1, 0
     if tensor.ranks:
         return holds_core(tensor)
+    if _fill_no_more_than(tensor) and _is_kept(tensor.shape):
+        joint, strips = 8 * tensor.count, 4.9 if in_many_strips(tensor) else 3.8
+        return at_most(tensor, joint + held_in_strips(tensor, strips, 1), joint + held_in_strips(tensor, 1, 4.5))
     if _fill_no_more_than(tensor):
         strips = tensor.size + (6 if in_many_strips(tensor) else 3.5)
-        return at_most(tensor, held_in_strips(tensor, strips, 4), held_in_strips(tensor, 2, 9))
+        return at_most(tensor, held_in_strips(tensor, strips, 4), held_in_strips(tensor, 2, 6.5))
     share = max(1.0, rank_of(tensor) * tensor.size / max(1, min(tensor.shape)))
-    return held(tensor, 4 * (tensor.size + 1) + 30 * share, 11 * share)
+    return held(tensor, 4 * (tensor.size + 1) + 50 * share, 3 + 2.6 * share)
 
 
 METHODS = (

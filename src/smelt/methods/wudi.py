@@ -21,20 +21,31 @@ Directions that no task vector has keep W_0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..kernels.lapack import square
 from ..kernels.program import Call, Copy, Source, Whole, call
 from .descent import Matrix, adam, momentum_share
 from .effective_rank import LEVELS, RULES, Directions
-from .interference import Spectrum, Term, linear_weight, quadratic, spectrum_of, squared_norm, task_vector, total_of
+from .interference import (
+    Spectrum,
+    Term,
+    linear_weight,
+    moved,
+    quadratic,
+    slope,
+    spectrum_of,
+    squared_norm,
+    task_vector,
+    total_of,
+)
 from .low_rank import holds_core, is_low_rank, is_unchanged, merged_in_core
 from .registry import EXCLUDE, LAMBDA, Citation, Method, Parameter
-from .spectral import Strips, square
 from .task_arithmetic import add_task_vectors
 from .task_matrices import at_most, held_in_strips, in_many_strips, of_sources, spans, task_strips
 from .tensors import Tensor
@@ -75,10 +86,10 @@ def _solved(tensor: Tensor) -> bool:
 def solved_wide(base: Source, models: tuple[Source, ...], options: Options) -> Iterator[Matrix]:
     """theta_0 + lambda W for a matrix (out, in) or what is flattened to one; in fp64."""
     changes = _TaskVectors(base.shape, len(models), lambda: _task_vectors(base, models))
-    moved = merged_vector(changes, base.shape, options)
-    moved *= options["lambda"]
-    moved += base.rows(0, len(moved))
-    yield moved
+    solved = merged_vector(changes, base.shape, options)
+    solved *= options["lambda"]
+    solved += base.rows(0, len(solved))
+    yield solved
 
 
 def solved_in_core(base: Matrix, models: tuple[Matrix, ...], options: Options, shape: tuple[int, int]) -> Matrix:
@@ -97,23 +108,29 @@ class _TaskVectors(NamedTuple):
 
 def merged_vector(changes: _TaskVectors, shape: tuple[int, int], options: Options) -> Matrix:
     """W (out, in); of all directions that matrices of ``shape`` can have some are kept."""
-    steps, rows, columns = options["optimizer"] == "adam", *changes.shape
-    form = quadratic(_terms(changes.all()), changes.models * rows, (rows, columns), steps)
-    spectrum = None if steps else form.spectrum()
-    start = total_of(changes.all())
-    start *= _start_share(options, changes.models)
-    if spectrum is None:
-        return adam(start, form.gradient, _rate(start, options), options["iter_num"])
+    rows, columns = changes.shape
+    probes, terms = changes.models * rows, _terms(changes.all())
+    if options["optimizer"] == "adam":
+        start = _start(changes.all(), changes.models, options)
+        way = adam(slope(terms, probes, start), start.shape, _rate(start, options), options["iter_num"])
+        way += start
+        return way
+    form = quadratic(terms, probes, (rows, columns))
+    spectrum, pull = form.spectrum(), form.pull
+    del form
+    start = _start(changes.all(), changes.models, options)
 
     def squares() -> tuple[Matrix, Matrix]:
-        return _squares(form.pull @ spectrum.vectors), _squares(start @ spectrum.vectors)
+        return _squares(pull @ spectrum.vectors), _squares(start @ spectrum.vectors)
 
-    return form.moved(start, spectrum, _shares(_rate(start, options), shape, spectrum, squares, options))
+    return moved(pull, start, spectrum, _shares(_rate(start, options), shape, spectrum, squares, options))
 
 
-def _start_share(options: Options, models: int) -> float:
-    """W_0 over the sum of all task vectors."""
-    return {"sum": 1.0, "mean": 1 / models, "zero": 0.0}[options["init"]]
+def _start(changes: Iterable[Matrix], models: int, options: Options) -> Matrix:
+    """W_0, or rows of it, in the memory of the first task vector."""
+    start = total_of(changes)
+    start *= {"sum": 1.0, "mean": 1 / models, "zero": 0.0}[options["init"]]
+    return start
 
 
 def _task_vectors(base: Source, models: tuple[Source, ...]) -> Iterator[Matrix]:
@@ -132,47 +149,28 @@ def _terms(changes: Iterator[Matrix]) -> Iterator[Term]:
 
 
 def solved_tall(base: Source, models: tuple[Source, ...], options: Options) -> Iterator[Matrix]:
-    """The same from the Gram matrices alone: with F = V diag(f) V^T and K = V diag(f / lambda) V^T,
-
-    W = sum_i tau_i (s (I - F) + c_i tau_i^T tau_i K), s the share of the task vectors in W_0.
-    """
+    """The same, of which Gram matrices alone are held."""
     deltas = [task_strips(base, model) for model in models]
-    shares = _mixtures(deltas, options)
-    for (first, last), *strips in zip(spans(base.shape), *(delta.parts() for delta in deltas), strict=True):
-        moved = _mixed(strips, shares)
-        moved *= options["lambda"]
-        moved += base.rows(first, last)
-        yield moved
-
-
-def _mixtures(deltas: list[Strips], options: Options) -> list[Matrix]:
-    """What each task vector is multiplied by from the right (in, in), to add up to W."""
     grams = [delta.gram() for delta in deltas]
     for gram in grams:
         gram *= 1 / (float(np.trace(gram)) or 1.0)
-    spectrum = spectrum_of(total_of([square(deltas[0].shape[1]), *grams]))
+    spectrum = spectrum_of(total_of([square(base.shape[1]), *grams]))
+
+    def rows() -> Iterator[tuple[Matrix, Matrix]]:
+        for strips in zip(*(delta.parts() for delta in deltas), strict=True):
+            pull = total_of(strip @ gram for strip, gram in zip(strips, grams, strict=True))
+            yield pull, _start(strips, len(deltas), options)
 
     def squares() -> tuple[Matrix, Matrix]:
-        pulls = [gram @ spectrum.vectors for gram in grams]
-        starts = [_start_share(options, len(deltas)) * spectrum.vectors] * len(deltas)
-        rows = zip(*(delta.parts() for delta in deltas), strict=True)
-        found = [(_squares(_mixed(strips, pulls)), _squares(_mixed(strips, starts))) for strips in rows]
+        found = [(_squares(pull @ spectrum.vectors), _squares(start @ spectrum.vectors)) for pull, start in rows()]
         return total_of(pull for pull, _ in found), total_of(start for _, start in found)
 
     shares = _shares(0.0, deltas[0].shape, spectrum, squares, options)
-    moved = (spectrum.vectors * (shares / spectrum.values)) @ spectrum.vectors.T
-    stays = (spectrum.vectors * -shares) @ spectrum.vectors.T
-    stays.flat[:: len(stays) + 1] += 1
-    stays *= _start_share(options, len(deltas))
-    for i, gram in enumerate(grams):
-        grams[i] = gram @ moved
-        grams[i] += stays
-    return grams
-
-
-def _mixed(strips: Sequence[Matrix], shares: list[Matrix]) -> Matrix:
-    """Of the same rows of all task vectors, the sum of each times its own matrix."""
-    return np.asarray(sum(strip @ share for strip, share in zip(strips, shares, strict=True)))
+    for (first, last), (pull, start) in zip(spans(base.shape), rows(), strict=True):
+        solved = moved(pull, start, spectrum, shares)
+        solved *= options["lambda"]
+        solved += base.rows(first, last)
+        yield solved
 
 
 def _squares(columns: Matrix) -> Matrix:
@@ -258,11 +256,16 @@ def holds(tensor: Tensor) -> tuple[int, int]:
     rows, columns, size = tensor.shape[0], prod(tensor.shape[1:]), tensor.size
     side = min(columns, size * rows)
     if tensor["optimizer"] == "adam":
-        return at_most(tensor, int(65 * tensor.count + 18.4 * side * side) + of_sources(tensor))
+        gram = 8 * size * tensor.count if 2 * size * rows < columns else 8.5 * columns * columns
+        phases = 73 * tensor.count + gram / 2, 50 * tensor.count + gram
+        return at_most(tensor, int(max(phases)) + of_sources(tensor))
     if rows >= columns and tensor["optimizer"] == "none":
-        strips = (2 if in_many_strips(tensor) else 1) * size + 3
-        return at_most(tensor, held_in_strips(tensor, 1, size + 5), held_in_strips(tensor, strips, size))
-    return at_most(tensor, held_in_strips(tensor, 1 + size * (size * rows < columns), 5, side))
+        strips = 2 * size + 5.7 if in_many_strips(tensor) else size + 4.1
+        return at_most(tensor, held_in_strips(tensor, 1, size + 3.2), held_in_strips(tensor, strips, size + 0.9))
+    if size * rows < columns:
+        apart = held_in_strips(tensor, 1 + size, 3.3, side), held_in_strips(tensor, 2 + 2 * size, 1.1, side)
+        return at_most(tensor, *apart)
+    return at_most(tensor, held_in_strips(tensor, 1, 3.8, side))
 
 
 _CLOSED = ("aswudi", "iwudi", "swudi")
