@@ -26,6 +26,10 @@ Indices = npt.NDArray[np.uint32]
 _STRETCH, _STRETCH_TURNED, _HEIGHT = 1024, 256, 32
 
 
+#: How many columns share a scale, where a kernel is made for that. (With zero points only for 1.)
+_LENGTHS = (1, 32, 64, 128)
+
+
 @dataclass(frozen=True)
 class Packing:
     """How codes of ``bits`` bits (1 to 8) lie: a little-endian string of bits along each row.
@@ -66,28 +70,52 @@ def dequantise(
         return
     rows, columns = out.shape[::-1] if turned else out.shape
     scale, zero = (plane.reshape(-1) for plane in (scales.scale, scales.scale if scales.zero is None else scales.zero))
-    apart = _counts(scales.column_group)
-    skipped = int(scales.column_group[0]) if apart else 0
-    _kernel(_Form(packing, scales.zero is not None, dtype, turned, bool(table[0] == 0) and _counts(table), apart))(
-        rows, columns, phase, stride, packed, table, scale[skipped:], zero[skipped:], scales.scale.shape[1],
-        scales.row_group, scales.column_group, scales.factor, out.reshape(-1),
+    run = _run(scales.column_group, *(_LENGTHS if scales.zero is None else (1,)))
+    skipped = int(scales.column_group[0]) if run == 1 else 0
+    plain = bool(table[0] == 0 and _run(table, 1))
+    form = _Form(packing, scales.zero is not None, dtype, turned, plain, run)
+    _kernel(form)(
+        rows, columns, phase, stride, packed, _in_pairs(table) if form.paired else table, scale[skipped:],
+        zero[skipped:], scales.scale.shape[1], scales.row_group, scales.column_group, scales.factor,
+        out.reshape(-1).view(form.bits) if turned else out.reshape(-1),
     )  # fmt: skip
 
 
-def _counts(numbers: npt.NDArray[Any]) -> bool:
-    """Whether each is 1 more than the one before: then there is nothing to look up."""
-    return bool((numbers == numbers[0] + np.arange(len(numbers))).all())
+def _run(numbers: npt.NDArray[Any], *lengths: int) -> int:
+    """After how many numbers each is 1 more than before, the whole array long; 0 where it is none of ``lengths``."""
+    counted = np.arange(len(numbers))
+    return next((length for length in lengths if (numbers == numbers[0] + counted // length).all()), 0)
+
+
+def _in_pairs(table: Floats) -> Floats:
+    """The values of both codes of each byte, the lower one's first."""
+    codes = np.arange(256)
+    return np.stack([table[codes & 15], table[codes >> 4]], axis=1).reshape(-1)
 
 
 class _Form(NamedTuple):
-    """What a kernel is made for. ``plain``: codes are their own values; ``apart``: every column has its own scale."""
+    """What a kernel is made for.
+
+    ``plain``: codes are their own values; ``run``: after so many columns comes the next scale, 0 where that is
+    looked up.
+    """
 
     packing: Packing
     has_zero: bool
     dtype: str
     turned: bool
     plain: bool
-    apart: bool
+    run: int
+
+    @property
+    def paired(self) -> bool:
+        """Whether both codes of a byte are looked up at once."""
+        return self.packing == Packing(4) and not self.plain
+
+    @property
+    def bits(self) -> type[np.unsignedinteger[Any]]:
+        """What a value is as bits."""
+        return np.uint16 if DTYPES[self.dtype].bits == 16 else np.uint32
 
 
 @cache
@@ -96,28 +124,46 @@ def _kernel(form: _Form) -> Kernel:
 
 
 def _generated(form: _Form) -> Generated:
-    packing, dtype, turned = form.packing, form.dtype, form.turned
-    stored, stretch = DTYPES[dtype].storage.__name__, _STRETCH_TURNED if turned else _STRETCH
+    packing, turned = form.packing, form.turned
+    stretch = _STRETCH_TURNED if turned else _STRETCH
+    stored = (form.bits if turned else DTYPES[form.dtype].storage).__name__
     parameters = (
         ("rows", "int64"), ("columns", "int64"), ("phase", "int64"), ("stride", "int64"),
         ("packed", "[uint32]" if packing.down else "[uint8]"), ("table", "[float32]"), ("scale", "[float32]"),
         ("zero", "[float32]"), ("width", "int64"), ("row_group", "[uint32]"), ("column_group", "[uint32]"),
         ("factor", "float32"), ("out", f"[{stored}]"),
     )  # fmt: skip
-    own = (("codes", "uint8", stretch), ("values", "float32", stretch))
-    scratch = (*own, ("block", stored, _HEIGHT * stretch)) if turned else own
+    each = 64 // DTYPES[form.dtype].bits
+    lines = (("block", stored, each * stretch), ("words", "uint64", _HEIGHT // each * stretch))
+    scratch = (("values", "float32", stretch), *(lines if turned else ()))
     row, code = _down(packing.bits) if packing.down else _along(packing.bits)
-    pairs, pair = _PAIRS if packing == Packing(4) else ("0", "uint8(0), uint8(0)")
-    value = "float32(codes[i])" if form.plain else "table[codes[i]]"
-    group = "uint64(first + i)" if form.apart else "taken[i]"
-    text = _HEAD + (_TURNED if turned else _STRAIGHT)
+    text = _LINE + (_RUNS if form.run > 1 else _EACH) + (_TURNED if turned else _STRAIGHT)
     text = text.format(
         names=", ".join(name for name, *_ in (*parameters, *scratch, ("result",))),
-        arguments=", ".join(name for name, *_ in (*parameters[2:-1], *own)),
-        value=f"({value} - zero[group + {group}])" if form.has_zero else value,
-        row=row, code=code, pairs=pairs, pair=pair, dtype=dtype, stretch=stretch, height=_HEIGHT, group=group,
+        arguments=", ".join((*(name for name, _ in parameters[2:-1]), "values")),
+        row=row, code=code, pairs=_pairs(form), value=_value(form, code), scaled=_scaled(form), store=_store(form),
+        run=form.run, stretch=stretch, height=_HEIGHT, each=each, last=each - 1, size=64 // each, **_woven(each),
     )  # fmt: skip
-    return Generated(text, parameters, scratch)
+    return Generated(_HEAD + text, parameters, scratch)
+
+
+def _store(form: _Form) -> str:
+    """The function from a number to what is stored."""
+    return "bits_F32" if form.turned and form.dtype == "F32" else f"store_{form.dtype}"
+
+
+def _value(form: _Form, code: str) -> str:
+    """What a code stands for."""
+    if form.plain:
+        return f"float32(uint8({code}))"
+    return f"table[uint64({code}){' * uint64(2)' if form.paired else ''}]"
+
+
+def _scaled(form: _Form) -> str:
+    """A value times its scale."""
+    group = "group + uint64(first + i)" if form.run == 1 else "group + taken[i]"
+    value = f"(part[i] - zero[{group}])" if form.has_zero else "part[i]"
+    return f"{value} * scale[{group}] * factor"
 
 
 def _along(bits: int) -> tuple[str, str]:
@@ -132,11 +178,14 @@ def _along(bits: int) -> tuple[str, str]:
     return row, f"({word} >> ({at} & uint64(7))) & uint64({(1 << bits) - 1})"
 
 
-#: Two codes to a byte, where rows begin with whole bytes: how many pairs there are, and one of them.
-_PAIRS = (
-    "count >> 1 if shift == uint64(0) else 0",
-    "packed[start + uint64((first >> 1) + i)] & uint8(15), packed[start + uint64((first >> 1) + i)] >> uint8(4)",
-)
+def _pairs(form: _Form) -> str:
+    """The codes that go two at a time: both of a byte, where rows begin with whole bytes."""
+    if form.packing != Packing(4):
+        return "    pairs = 0\n"
+    return _PAIRS.format(
+        low="float32(byte & uint8(15))" if form.plain else "table[uint64(byte) * uint64(2)]",
+        high="float32(byte >> uint8(4))" if form.plain else "table[uint64(byte) * uint64(2) + uint64(1)]",
+    )
 
 
 def _down(bits: int) -> tuple[str, str]:
@@ -150,43 +199,90 @@ def _down(bits: int) -> tuple[str, str]:
     return row, f"{code} & uint32({(1 << bits) - 1})"
 
 
+def _woven(each: int) -> dict[str, str]:
+    """Names of ``each`` rows, the word that their values are as bits, the rows of a block, and the values again."""
+    size = 64 // each
+    return {
+        "rows": ", ".join(f"row{k}" for k in range(each)),
+        "word": " | ".join(f"(uint64(row{k}[i]) << uint64({size * k}))" for k in range(each)),
+        "lines": ", ".join(f"block[{k} * stretch : {k} * stretch + count]" for k in range(each)),
+        "places": ", ".join(f"target[{each} * k + {k}]" for k in range(each)),
+        "values": ", ".join(f"uint{size}(word >> uint64({size * k}))" for k in range(each)),
+    }
+
+
 _HEAD = """import numpy as np
 from numba import njit
-from numpy import float32, uint8, uint32, uint64
+from numpy import float32, uint8, uint16, uint32, uint64
 from smelt.kernels.scalars import *
 from smelt.kernels.scalars import FAST
+"""
 
+_LINE = """
 @njit(**FAST)
 def line(r, first, count, {arguments}, target):
     {row}
     group = uint64(row_group[r]) * uint64(width)
-    for i in range({pairs}):
-        codes[2 * i], codes[2 * i + 1] = {pair}
-    for i in range(2 * ({pairs}), count):
-        codes[i] = uint8({code})
-    taken = column_group[first : first + count]
-    for i in range(count):
-        values[i] = {value} * scale[group + {group}] * factor
-    for i in range(count):
-        target[i] = store_{dtype}(values[i])
+{pairs}    for i in range(2 * pairs, count):
+        values[i] = {value}
+    part, taken = values[:count], column_group[first : first + count]
+"""
 
+_PAIRS = """    pairs = count >> 1 if shift == uint64(0) else 0
+    for i in range(pairs):
+        byte = packed[start + uint64((first >> 1) + i)]
+        values[2 * i], values[2 * i + 1] = {low}, {high}
+"""
+
+_EACH = """    for i in range(count):
+        target[i] = {store}({scaled})
+"""
+
+#: Loops of a length that is known are vectors; what is left is looked up, which is right everywhere.
+_RUNS = """    whole = count // {run} * {run}
+    for n in range(0, whole, {run}):
+        own, some, ready = scale[group + taken[n]], part[n : n + {run}], target[n : n + {run}]
+        for i in range({run}):
+            ready[i] = {store}(some[i] * own * factor)
+    part, taken, target = part[whole:], taken[whole:], target[whole:count]
+    for i in range(count - whole):
+        target[i] = {store}({scaled})
+"""
+
+_STRAIGHT = """
 @njit(**FAST)
 def run({names}):
     for first in range(0, columns, {stretch}):
         count = min({stretch}, columns - first)
-"""
-
-_STRAIGHT = """        for r in range(rows):
+        for r in range(rows):
             line(r, first, count, {arguments}, out[r * columns + first : r * columns + first + count])
 """
 
-#: Some rows are made and then written as columns, so that what is written to a row of ``out`` fills cache lines.
-_TURNED = """        for above in range(0, rows, {height}):
+#: The values of some rows that will be neighbours are woven into one word, so that fewer and wider pieces are moved
+#: one by one, and what is written to a row of ``out`` fills a cache line.
+_TURNED = """
+@njit(**FAST)
+def weave(words, {rows}):
+    for i in range(words.shape[0]):
+        words[i] = {word}
+
+@njit(**FAST)
+def run({names}):
+    stretch = {stretch}
+    for first in range(0, columns, stretch):
+        count = min(stretch, columns - first)
+        for above in range(0, rows, {height}):
             height = min({height}, rows - above)
             for k in range(height):
-                line(above + k, first, count, {arguments}, block[k * {stretch} : k * {stretch} + count])
+                own, at = k % {each} * stretch, k // {each} * stretch
+                line(above + k, first, count, {arguments}, block[own : own + count])
+                if k % {each} == {last} or k + 1 == height:
+                    weave(words[at : at + count], {lines})
             for i in range(count):
                 target = out[(first + i) * rows + above : (first + i) * rows + above + height]
-                for k in range(height):
-                    target[k] = block[k * {stretch} + i]
+                for k in range(height // {each}):
+                    word = words[k * stretch + i]
+                    {places} = {values}
+                for k in range(height // {each} * {each}, height):
+                    target[k] = uint{size}(words[k // {each} * stretch + i] >> uint64(k % {each} * {size}))
 """

@@ -1,7 +1,8 @@
 """Scalar building blocks of the compiled kernels: bits in, numbers out, and back.
 
 Loads are exact. Stores round once, to nearest with ties to even, and write one canonical NaN, so that the
-same value gives the same bits whatever computed it.
+same value gives the same bits whatever computed it. Numba widens integer arithmetic to 64 bits: results are cut
+to 32 again where that lets vectors hold twice as many.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def load_BF16(bits: Any) -> Any:  # noqa: N802
 @njit(**FAST)
 def load_F16(bits: Any) -> Any:  # noqa: N802
     """Shift the exponent and mantissa into place, then scale by 2^112: exact, subnormals included."""
-    magnitude = (np.uint32(bits) & np.uint32(0x7FFF)) << _13
+    magnitude = np.uint32((np.uint32(bits) & np.uint32(0x7FFF)) << _13)
     value = float32_of(magnitude) * float32_of(np.uint32(0x77800000))
     special = magnitude >= np.uint32(0x0F800000)
     out = (bits32_of(value) | _EXPONENT32) if special else bits32_of(value)
@@ -98,10 +99,16 @@ def store_F32(x: Any) -> Any:  # noqa: N802
 
 
 @njit(**FAST)
+def bits_F32(x: Any) -> Any:  # noqa: N802
+    """What :func:`store_F32` stores, as an integer."""
+    return bits32_of(store_F32(x))
+
+
+@njit(**FAST)
 def store_BF16(x: Any) -> Any:  # noqa: N802
     value = np.float32(x)
     bits = bits32_of(value)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> _16) & _1)) >> _16
+    rounded = np.uint32(bits + np.uint32(0x7FFF) + ((bits >> _16) & _1)) >> _16
     return np.uint16(rounded if value == value else np.uint32(0x7FC0))
 
 
@@ -110,12 +117,12 @@ def store_F16(x: Any) -> Any:  # noqa: N802
     """Three ranges: normal (integer rounding), subnormal (rounded by adding 0.5), overflow and Inf."""
     value = np.float32(x)
     bits = bits32_of(value)
-    magnitude = bits & _MAGNITUDE
-    normal = (magnitude + np.uint32(0xC8000FFF) + ((magnitude >> _13) & _1)) >> _13
-    small = bits32_of(float32_of(magnitude) + np.float32(0.5)) - np.uint32(0x3F000000)
+    magnitude = np.uint32(bits & _MAGNITUDE)
+    normal = np.uint32(np.uint32(magnitude + np.uint32(0xC8000FFF) + ((magnitude >> _13) & _1)) >> _13)
+    small = np.uint32(bits32_of(float32_of(magnitude) + np.float32(0.5)) - np.uint32(0x3F000000))
     rounded = small if magnitude < np.uint32(0x38800000) else normal
     rounded = np.uint32(0x7C00) if magnitude >= np.uint32(0x477FF000) else rounded
-    signed = rounded | ((bits >> _16) & _HALF_SIGN)
+    signed = np.uint32(rounded | ((bits >> _16) & _HALF_SIGN))
     return np.uint16(signed if value == value else np.uint32(0x7E00))
 
 

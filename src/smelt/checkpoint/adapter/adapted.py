@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from ...errors import InputRejected, show
 from ...kernels.dtypes import DTYPES
+from ...kernels.widen import widen
 from ...storage import FileIdentity
 from ..base import Checkpoint, Factors, TensorInfo
 from .binding import Change, bind, unused
@@ -168,8 +169,8 @@ class AdaptedCheckpoint(Checkpoint):
             return
         stored = np.empty(len(out), dtype.storage)
         source.read(name, start, stored)
-        if dtype.code == "BF16":
-            np.left_shift(stored, np.uint32(16), out=out.view(np.uint32))
+        if dtype.code in ("BF16", "F16"):
+            widen(stored, dtype.code, out)
         else:
             np.copyto(out, dtype.as_values(stored), casting="same_kind")
 

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from ...errors import InputRejected, show
 from ...kernels.dequantise import Floats, Packing
+from ...kernels.nibbles import in_order
 from ..base import TensorInfo
 from .matrix import Codes, Matrix
 from .planes import Grid, Index, Plane, StoredPlane, Window
@@ -25,7 +26,6 @@ from .stored import Group, Stored
 from .turned import Bands, Turned
 
 _CODES = np.arange(256, dtype=np.float32)
-_CACHED = 1 << 13  # words that are shuffled at a time
 _SCALES = ("F16", "BF16", "F32")
 
 
@@ -115,24 +115,9 @@ def _awq(stored: Stored, codes: TensorInfo, rows: int, columns: int) -> Codes:
 
 
 def _in_order(words: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Nibbles 0 4 1 5 2 6 3 7 of every word, which are its columns in order: a perfect shuffle."""
-    flat = words.reshape(-1).view(np.uint32)
-    held = np.empty(min(_CACHED, len(flat)), np.uint32)
-    for start in range(0, len(flat), _CACHED):
-        part = flat[start : start + _CACHED]
-        _swap(part, 8, 0x0000FF00, held[: len(part)])
-        _swap(part, 4, 0x00F000F0, held[: len(part)])
+    """The words with their codes in the order of the columns."""
+    in_order(words.reshape(-1).view(np.uint32))
     return words
-
-
-def _swap(words: npt.NDArray[Any], shift: int, mask: int, held: npt.NDArray[Any]) -> None:
-    """Exchange the bits of ``mask`` with those ``shift`` above them."""
-    np.right_shift(words, shift, out=held)
-    held ^= words
-    held &= np.uint32(mask)
-    words ^= held
-    np.left_shift(held, shift, out=held)
-    words ^= held
 
 
 def _offset(stored: Stored, settings: Mapping[str, Any]) -> int:

@@ -65,6 +65,12 @@ class Recent:
             with self._lock:
                 entry.users -= 1
 
+    def forget(self, key: Any) -> None:
+        """Nobody is likely to ask for ``key`` again: the next is written over it while it lies in the caches."""
+        with self._lock:
+            if key in self._held and not self._held[key].users:
+                self._spare = self._held.pop(key).value
+
     def _taken(self, key: Any) -> _Entry:
         with self._lock:
             entry = self._held.setdefault(key, _Entry())
@@ -103,8 +109,11 @@ class Turned:
             key = (codes.name, number, first)
             with self.bands.strips.lent(key, partial(self._made, number, first)) as strip:
                 values = strip.view(out.dtype)[(row - first) * codes.rows + column :]
-                part = values[: min(self._end(first) * codes.rows - (row * codes.rows + column), len(out) - done)]
+                left = self._end(first) * codes.rows - (row * codes.rows + column)
+                part = values[: min(left, len(out) - done)]
                 out[done : done + len(part)] = part
+            if len(part) == left:  # tensors are read from the beginning to the end
+                self.bands.strips.forget(key)
             done += len(part)
 
     @cached_property
