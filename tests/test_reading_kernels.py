@@ -39,7 +39,7 @@ def stored(values: Any, dtype: str) -> Any:
 @pytest.mark.parametrize(("bits", "down", "table", "run", "dtype", "turned"), [
     (4, False, "codes", 1, "F16", True), (4, False, "values", 32, "BF16", True), (4, False, "values", 32, "F32", False),
     (4, False, "codes", 5, "BF16", False), (8, False, "values", 5, "F32", True), (4, True, "codes", 1, "F16", True),
-    (3, True, "codes", 1, "F32", True), (8, True, "codes", 5, "BF16", True),
+    (4, True, "codes", 64, "BF16", False), (3, True, "codes", 1, "F32", True), (8, True, "codes", 5, "BF16", True),
 ])  # fmt: skip
 def test_codes_to_values(bits: int, down: bool, table: str, run: int, dtype: str, turned: bool) -> None:
     random = np.random.default_rng(bits)

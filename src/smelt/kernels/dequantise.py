@@ -26,8 +26,8 @@ Indices = npt.NDArray[np.uint32]
 _STRETCH, _STRETCH_TURNED, _HEIGHT = 1024, 256, 32
 
 
-#: How many columns share a scale, where a kernel is made for that. (With zero points only for 1.)
-_LENGTHS = (1, 32, 64, 128)
+#: How many columns share a scale, where a kernel is made for that.
+_LENGTHS = (1, 16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def dequantise(
         return
     rows, columns = out.shape[::-1] if turned else out.shape
     scale, zero = (plane.reshape(-1) for plane in (scales.scale, scales.scale if scales.zero is None else scales.zero))
-    run = _run(scales.column_group, *(_LENGTHS if scales.zero is None else (1,)))
+    run = _run(scales.column_group, *_LENGTHS)
     skipped = int(scales.column_group[0]) if run == 1 else 0
     plain = bool(table[0] == 0 and _run(table, 1))
     form = _Form(packing, scales.zero is not None, dtype, turned, plain, run)
@@ -141,6 +141,7 @@ def _generated(form: _Form) -> Generated:
     text = text.format(
         names=", ".join(name for name, *_ in (*parameters, *scratch, ("result",))),
         arguments=", ".join((*(name for name, _ in parameters[2:-1]), "values")),
+        offset="zero[group + taken[n]]" if form.has_zero else "float32(0)",
         row=row, code=code, pairs=_pairs(form), value=_value(form, code), scaled=_scaled(form), store=_store(form),
         run=form.run, stretch=stretch, height=_HEIGHT, each=each, last=each - 1, size=64 // each, **_woven(each),
     )  # fmt: skip
@@ -241,9 +242,10 @@ _EACH = """    for i in range(count):
 #: Loops of a length that is known are vectors; what is left is looked up, which is right everywhere.
 _RUNS = """    whole = count // {run} * {run}
     for n in range(0, whole, {run}):
-        own, some, ready = scale[group + taken[n]], part[n : n + {run}], target[n : n + {run}]
+        own, offset = scale[group + taken[n]], {offset}
+        some, ready = part[n : n + {run}], target[n : n + {run}]
         for i in range({run}):
-            ready[i] = {store}(some[i] * own * factor)
+            ready[i] = {store}((some[i] - offset) * own * factor)
     part, taken, target = part[whole:], taken[whole:], target[whole:count]
     for i in range(count - whole):
         target[i] = {store}({scaled})

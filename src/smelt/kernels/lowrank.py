@@ -20,12 +20,12 @@ from numba import njit
 from numpy import float32
 from smelt.kernels.scalars import FAST"""
 
-#: Columns of a stretch times the rank: so much of ``right``, brought together, stays in the fastest cache while all
-#: rows pass. (Where it lies, rows are a whole number of pages apart, and would drive each other out.)
-_KEPT = 4096
+#: Columns of a stretch times the rank: so much of ``right``, brought together, stays in the core's own cache while
+#: all rows pass. (Where it lies, rows are often whole pages apart, and would drive each other out.)
+_KEPT = 1 << 14
 
 #: The longest and shortest stretch.
-_WIDTH, _LEAST = 1024, 32
+_WIDTH, _LEAST = 1024, 128
 
 #: The inner index goes four at a time and rows go two at a time, so that what is loaded once serves four products of a
 #: sum, and two sums. Adding products one after the other keeps the order.
