@@ -224,7 +224,7 @@ def test_the_same_merge_gives_the_same_bytes(tmp_path: Path, dense: str) -> None
 
 
 def test_a_merge_of_gguf_files_keeps_the_first_ones_tokenizer(tmp_path: Path, dense: str) -> None:
-    (tmp_path / "dense" / "tokenizer.json").write_text(json.dumps(byte_level(LETTERS % r"\p{N}")))
+    (tmp_path / "dense" / "tokenizer.json").write_text(json.dumps(byte_level(LETTERS % r"\p{N}{1,3}")))
     written(dense, tmp_path / "m.gguf").close()
     other = save_llama(tmp_path / "other.gguf", fine_tuned(llama(1), 2), quantised=True)
     smelt.merge(recipe(str(tmp_path / "m.gguf"), other, dtype="float16"), tmp_path / "out")
@@ -235,7 +235,7 @@ def test_a_merge_of_gguf_files_keeps_the_first_ones_tokenizer(tmp_path: Path, de
         assert own.keys() - made.keys() == {"general.quantization_version"}
         for key in own.keys() & made.keys() - {"general.file_type", "general.name"}:
             assert np.array_equal(own[key], made[key]), key
-        assert merged.header.metadata["tokenizer.ggml.pre"] == "qwen2"
+        assert merged.header.metadata["tokenizer.ggml.pre"] == "llama-bpe"
 
 
 @pytest.mark.parametrize(
@@ -277,11 +277,18 @@ def metadata(tmp_path: Path, **files: str | bytes) -> Mapping[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "name"), [(LETTERS % r"\p{N}{1,3}", "llama-bpe"), (LETTERS % r"\p{N}", "qwen2"), (None, "gpt-2")]
-)
-def test_byte_level_tokenizers_are_told_by_their_content(tmp_path: Path, pattern: str | None, name: str) -> None:
-    config = json.dumps({"chat_template": "{{ x }}", "eos_token": "<|end|>", "add_bos_token": False})
-    found = metadata(tmp_path, tokenizer__json=json.dumps(byte_level(pattern)), tokenizer_config__json=config)
+    ("pattern", "name", "normal"),
+    [
+        (LETTERS % r"\p{N}{1,3}", "llama-bpe", None), (LETTERS % r"\p{N}", "qwen2", {"type": "NFC"}),
+        (LETTERS % r"\p{N}", "deepseek-r1-qwen", {"type": "Sequence", "normalizers": []}), (None, "gpt-2", None),
+    ],
+)  # fmt: skip
+def test_byte_level_tokenizers_are_told_by_their_content(
+    tmp_path: Path, pattern: str | None, name: str, normal: Any
+) -> None:
+    config = json.dumps({"chat_template": "{{ x }}", "eos_token": "<|end|>"})
+    tree = byte_level(pattern, normalizer=normal)
+    found = metadata(tmp_path, tokenizer__json=json.dumps(tree), tokenizer_config__json=config)
     assert (found["tokenizer.ggml.model"], found["tokenizer.ggml.pre"]) == ("gpt2", name)
     tokens = found["tokenizer.ggml.tokens"].decoded()
     assert tokens[:6] == ["a", "b", "ab", "abb", "<|end|>", "[PAD5]"]

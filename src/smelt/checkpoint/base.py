@@ -95,7 +95,6 @@ class Checkpoint(ABC, Mapping[str, npt.NDArray[Any]]):
     metadata: the ``__metadata__`` strings of the file(s), merged.
     notices: what is worth a warning but no refusal.
     parts: how weight files are called, folder by folder; most models are of one part.
-    unwritten: what a copy in another format lacks, as notices.
     beside: side files that a copy needs beyond the well-known ones.
     scratch: bytes of memory that reading takes beside what it fills, however many checkpoints do.
     held: bytes of memory that it keeps for itself while it is read.
@@ -108,7 +107,6 @@ class Checkpoint(ABC, Mapping[str, npt.NDArray[Any]]):
     notices: Sequence[str] = ()
     parts: Sequence[Part] = (Part(),)
     beside: Sequence[str] = ()
-    unwritten: Sequence[str] = ()
     folder: Path | None = None
     revision: str | None = None
     scratch: int = 0
@@ -118,6 +116,11 @@ class Checkpoint(ABC, Mapping[str, npt.NDArray[Any]]):
     def side_files(self) -> Mapping[str, bytes]:
         """The files beside the weights by name, each read when it is asked for."""
         return SideFiles(LocalPlace(self.folder) if self.folder is not None else None)
+
+    @property
+    def unwritten(self) -> Sequence[str]:
+        """What a copy in another format lacks, as notices."""
+        return ()
 
     def strip(self) -> None:
         """Forget all but the tensors."""

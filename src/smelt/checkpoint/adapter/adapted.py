@@ -89,6 +89,10 @@ class AdaptedCheckpoint(Checkpoint):
     def side_files(self) -> Mapping[str, bytes]:
         return {} if self._stripped else self.base.side_files
 
+    @property
+    def unwritten(self) -> Sequence[str]:
+        return () if self._stripped else self.base.unwritten
+
     def strip(self) -> None:
         super().strip()
         self._stripped = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from .format import PLAIN, StoredTensor
 from .header import GgufHeader
 from .rotary import LLAMA3_FACTORS, LONG_FACTORS, count_in, llama3_scaling, long_scaling
 from .settings import config_of
+from .tokenizer import TokenizerFiles
 
 #: A file of a split set: stem, number, total.
 NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.ASCII)
@@ -58,9 +59,6 @@ def interleaved(rows: npt.NDArray[np.int64], count: int, heads: int) -> npt.NDAr
     return found
 
 
-_TOKENIZER = "its tokenizer is not written: copy tokenizer.json of the original model beside the result"
-
-
 class GgufCheckpoint(OpenFiles):
     """One GGUF file, or all files of a split set when one of them is named.
 
@@ -84,13 +82,28 @@ class GgufCheckpoint(OpenFiles):
             self.close()
             raise
         self.metadata = {key: text for key, text in self.header.metadata.items() if _is_fact(key, text)}
-        if "tokenizer.ggml.tokens" in self.header.metadata:
-            self.unwritten = [_TOKENIZER]
+        self._spelled: Mapping[str, bytes] = TokenizerFiles(self.header.metadata)
         native = _native(self._views.values())
         if self.config:
             self.config = {**self.config, "dtype": name_of(native)}
         infos = ((name, _info(name, view, native)) for name, view in sorted(self._views.items()))
         self.tensors: Mapping[str, TensorInfo] = dict(infos)
+
+    @property
+    def side_files(self) -> Mapping[str, bytes]:
+        """Those of the tokenizer that the file holds, where they can be made exactly."""
+        return self._spelled
+
+    @property
+    def unwritten(self) -> Sequence[str]:
+        problem = getattr(self._spelled, "problem", None)
+        if problem is None:
+            return ()
+        return [f"its tokenizer is not written: {problem}; copy tokenizer.json of the original model beside the result"]
+
+    def strip(self) -> None:
+        super().strip()
+        self._spelled = {}
 
     # --- opening --------------------------------------------------------------------------------------------
 

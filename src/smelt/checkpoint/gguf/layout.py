@@ -34,7 +34,7 @@ from .format import (
 from .header import GgufHeader
 from .rotary import rope_tensors
 from .settings import metadata_of
-from .tokens import Entry, tokenizer_entries
+from .tokens import CHAT_TEMPLATE, Entry, template_entries, tokenizer_entries
 
 #: What a file may be written as, and its number in ``general.file_type``.
 FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}
@@ -51,16 +51,22 @@ _BUFFERS = (".rotary_emb.inv_freq", ".attention.masked_bias", ".attention.bias")
 
 @dataclass(frozen=True)
 class Described:
-    """What is known of a model beside its tensors: config, side files, and the header of a GGUF file it comes from."""
+    """What is known of a model beside its tensors: config, side files, and the header of a GGUF file it comes from.
+
+    ``spelled``: the files that were made of the header's tokenizer, which is better kept as it is.
+    """
 
     config: Mapping[str, Any]
     files: Mapping[str, bytes] = field(default_factory=dict)
     header: GgufHeader | None = None
     title: str = "model"
+    spelled: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def has_tokenizer(self) -> bool:
-        return not self.files.keys().isdisjoint(("tokenizer.json", "tokenizer.model"))
+        """Whether the files hold one, and not the header's."""
+        names = [name for name in ("tokenizer.json", "tokenizer.model") if name in self.files]
+        return any(self.files[name] != self.spelled.get(name) for name in names)
 
     @property
     def family(self) -> Family | None:
@@ -246,11 +252,12 @@ def _entries(
     of: Described, family: Family | None, stored: Sequence[_Stored], dtype: str
 ) -> tuple[list[Entry], list[str]]:
     """Every metadata entry once, the architecture first; and what there is to tell of them."""
-    left = (*_OWN, *(["tokenizer."] if of.has_tokenizer else []))
+    templates = [] if of.header is None else list(template_entries(of.files))
+    left = (*_OWN, *(["tokenizer."] if of.has_tokenizer else [CHAT_TEMPLATE] if templates else []))
     inherited = {} if of.header is None else of.header.metadata
     kinds = {} if of.header is None else of.header.kinds
     found = {key: (kinds[key], value) for key, value in inherited.items() if not key.startswith(left)}
-    said: list[Entry] = [("general.type", TEXT, "model"), ("general.name", TEXT, of.title)]
+    said: list[Entry] = [*templates, ("general.type", TEXT, "model"), ("general.name", TEXT, of.title)]
     said.append(("general.file_type", U32, FILE_TYPES[dtype]))
     if any(tensor.kind == "Q8_0" for tensor in stored):
         said.append(("general.quantization_version", U32, 2))

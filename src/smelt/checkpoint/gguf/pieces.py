@@ -13,7 +13,11 @@ from typing import NamedTuple
 #: How a field is stored.
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
-NORMAL, UNKNOWN = 1, 2
+#: What a token is for.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+#: How a space is written within a piece.
+SPACE = "\u2581"
 
 _BPE = 2
 

@@ -12,26 +12,19 @@ from typing import Any
 from ...errors import InputRejected, show
 from ..documents import parse_json
 from .format import BOOL, F32, I32, TEXT, U32
-from .pieces import NORMAL, UNKNOWN, Piece, read_pieces
+from .pieces import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED, Piece, read_pieces
+from .splits import name_of
 
 #: (key, kind, value or list of values)
 Entry = tuple[str, int, Any]
 Files = Mapping[str, bytes]
 
-CONTROL, USER_DEFINED, UNUSED, BYTE = 3, 4, 5, 6
 _ADDED_SCORE, _PADDING_SCORE = -1000.0, -10000.0
 
-_LETTERS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-#: What a text is split by before merges: the regular expression, and its name in llama.cpp.
-_SPLITS = {_LETTERS % r"\p{N}{1,3}": "llama-bpe", _LETTERS % r"\p{N}": "qwen2"}
-
-_SPACE = "\u2581"
+CHAT_TEMPLATE = "tokenizer.chat_template"
 
 #: Special tokens: the word of tokenizer_config.json, and GGUF's.
-_SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
+SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
 
 
 def tokenizer_entries(files: Files, config: Mapping[str, Any], rows: int) -> list[Entry]:
@@ -52,7 +45,7 @@ def tokenizer_entries(files: Files, config: Mapping[str, Any], rows: int) -> lis
         raise InputRejected(f"tokenizer.json is not of a known layout: {show(error, 80)}") from error
     except ValueError as error:
         raise InputRejected(f"the tokenizer is not written to GGUF: {error}") from error
-    return [*entries, *_special(tree, settings, config), *_templates(files, settings)]
+    return [*entries, *_special(tree, settings, config), *template_entries(files)]
 
 
 def _json(files: Files, name: str) -> dict[str, Any]:
@@ -68,7 +61,7 @@ def _from_json(tree: Mapping[str, Any], rows: int) -> list[Entry]:
         raise ValueError(f"tokenizer.json is a {show(model['type'])} model; BPE and SentencePiece are understood")
     if model.get("byte_fallback"):
         return _like_sentencepiece(tree, rows)
-    pre = _pre_tokenizer(tree)
+    pre = name_of(tree)
     pieces = {index: Piece(token, 0.0, NORMAL) for token, index in model["vocab"].items()}
     tokens = _completed(pieces, _added(tree, {}), rows)
     merges = [_merge(rule) for rule in model["merges"]]
@@ -82,30 +75,6 @@ def _from_json(tree: Mapping[str, Any], rows: int) -> list[Entry]:
 
 def _merge(rule: str | Sequence[str]) -> str:
     return rule if isinstance(rule, str) else " ".join(part.replace(" ", "\u0120") for part in rule)
-
-
-def _pre_tokenizer(tree: Mapping[str, Any]) -> str:
-    """What llama.cpp calls the way in which texts are split, told by the content."""
-    normal = tree.get("normalizer")
-    if normal is not None and normal != {"type": "NFC"}:
-        raise ValueError(f"tokenizer.json has the normalizer {show(normal)}, expected none or NFC")
-    stated = tree.get("pre_tokenizer") or {}
-    steps = stated["pretokenizers"] if stated.get("type") == "Sequence" else [stated]
-    kinds = [step.get("type") for step in steps]
-    last = steps[-1]
-    plain = kinds[-1] == "ByteLevel" and not last.get("add_prefix_space")
-    if plain and kinds == ["ByteLevel"] and last.get("use_regex", True):
-        return "gpt-2"
-    if plain and kinds == ["Split", "ByteLevel"] and not last.get("use_regex", True) and _is_isolated(steps[0]):
-        name = _SPLITS.get(steps[0]["pattern"].get("Regex"))
-        if name is not None:
-            return name
-    known = ", ".join(["gpt-2", *_SPLITS.values()])
-    raise ValueError(f"tokenizer.json has the pre-tokenizer {show(stated)}; understood are those of {known}")
-
-
-def _is_isolated(step: Mapping[str, Any]) -> bool:
-    return bool(step.get("behavior") == "Isolated") and not step.get("invert")
 
 
 def _like_sentencepiece(tree: Mapping[str, Any], rows: int) -> list[Entry]:
@@ -132,8 +101,8 @@ def _adds_prefix(tree: Mapping[str, Any]) -> bool:
     stated, before = tree.get("normalizer") or {}, tree.get("pre_tokenizer") or {}
     steps = stated.get("normalizers", [stated]) if stated else []
     kinds = [(step.get("type"), step.get("prepend"), step.get("content")) for step in steps]
-    prepend, replace = ("Prepend", _SPACE, None), ("Replace", None, _SPACE)
-    if before.get("type") == "Metaspace" and not kinds and before.get("replacement") == _SPACE:
+    prepend, replace = ("Prepend", SPACE, None), ("Replace", None, SPACE)
+    if before.get("type") == "Metaspace" and not kinds and before.get("replacement") == SPACE:
         return bool(before.get("prepend_scheme", "always") != "never")
     plain = not before or before.get("type") == "Split"
     if plain and kinds in ([prepend, replace], [replace]):
@@ -164,10 +133,15 @@ def _completed(pieces: Mapping[int, Piece], added: Mapping[int, tuple[str, bool]
         if old is not None and old.text == text and old.kind not in (NORMAL, USER_DEFINED):
             continue
         kind = CONTROL if special or _looks_special(text) else USER_DEFINED
-        found[index] = Piece(text if kind == CONTROL else text.replace(_SPACE, " "), _ADDED_SCORE, kind)
+        found[index] = Piece(text if kind == CONTROL else text.replace(SPACE, " "), _ADDED_SCORE, kind)
     if max(found, default=0) >= rows:
         raise ValueError(f"a token has the id {max(found)}, the embedding {rows} rows")
-    return [found.get(index) or Piece(f"[PAD{index}]", _PADDING_SCORE, UNUSED) for index in range(rows)]
+    return [found.get(index) or Piece(filler(index), _PADDING_SCORE, UNUSED) for index in range(rows)]
+
+
+def filler(index: int) -> str:
+    """What a row without a token is called."""
+    return f"[PAD{index}]"
 
 
 def _looks_special(text: str) -> bool:
@@ -192,7 +166,7 @@ def _special(tree: Mapping[str, Any], settings: Mapping[str, Any], config: Mappi
     """Ids of special tokens, and which of them are put around a text."""
     ids = {text: index for index, (text, _) in _added(tree, settings).items()}
     marks = _marks(tree)
-    for word, own in _SPECIAL.items():
+    for word, own in SPECIAL.items():
         stated = settings.get(f"{word}_token")
         text = stated.get("content") if isinstance(stated, Mapping) else stated
         index = ids.get(str(text), config.get(f"{word}_token_id"))
@@ -208,27 +182,29 @@ def _special(tree: Mapping[str, Any], settings: Mapping[str, Any], config: Mappi
 
 
 def _marks(tree: Mapping[str, Any]) -> dict[str, bool]:
-    """What the template of a text begins and ends with, where there is one."""
-    stated = tree.get("post_processor") or {}
-    for step in stated.get("processors", [stated]):
-        single = step.get("single") if step.get("type") == "TemplateProcessing" else None
-        if single and len(single) > 1:
-            return {"bos": "SpecialToken" in single[0], "eos": "SpecialToken" in single[-1]}
-    return {}
+    """Whether a text begins with the token for that, and ends with one: of what is understood."""
+    if not tree:
+        return {}
+    stated = tree.get("post_processor") or {"type": "ByteLevel"}
+    steps = stated.get("processors", [stated])
+    if any(step.get("type") not in ("ByteLevel", "TemplateProcessing") for step in steps):
+        return {}
+    single: list[Any] = next((step["single"] for step in steps if step["type"] == "TemplateProcessing"), [{}])
+    return {"bos": "SpecialToken" in single[0], "eos": "SpecialToken" in single[-1]}
 
 
-def _templates(files: Files, settings: Mapping[str, Any]) -> Iterator[Entry]:
+def template_entries(files: Files) -> Iterator[Entry]:
     """The chat template, and others by their names."""
-    stated = settings.get("chat_template")
+    stated = _json(files, "tokenizer_config.json").get("chat_template")
     if stated is None and "chat_template.jinja" in files:
         stated = files["chat_template.jinja"].decode("utf-8", "replace")
     if isinstance(stated, str):
-        yield "tokenizer.chat_template", TEXT, stated
+        yield CHAT_TEMPLATE, TEXT, stated
     elif isinstance(stated, list):
         named = {entry["name"]: entry["template"] for entry in stated}
         others = {name: text for name, text in named.items() if name != "default"}
         if "default" in named:
-            yield "tokenizer.chat_template", TEXT, named["default"]
+            yield CHAT_TEMPLATE, TEXT, named["default"]
         if others:
-            yield "tokenizer.chat_templates", TEXT, list(others)
-        yield from ((f"tokenizer.chat_template.{name}", TEXT, text) for name, text in others.items())
+            yield f"{CHAT_TEMPLATE}s", TEXT, list(others)
+        yield from ((f"{CHAT_TEMPLATE}.{name}", TEXT, text) for name, text in others.items())

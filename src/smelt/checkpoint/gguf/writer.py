@@ -178,8 +178,10 @@ def write_gguf(
 
 def described(checkpoint: Checkpoint, title: str) -> Described:
     """What is known of a checkpoint beside its tensors."""
-    header = checkpoint.header if isinstance(checkpoint, GgufCheckpoint) else None
-    return Described(checkpoint.config, checkpoint.side_files, header, title)
+    files = checkpoint.side_files
+    if isinstance(checkpoint, GgufCheckpoint):
+        return Described(checkpoint.config, files, checkpoint.header, title, spelled=files)
+    return Described(checkpoint.config, files, title=title)
 
 
 def _copy(
