@@ -11,6 +11,8 @@ import pytest
 
 import smelt
 from smelt.cli import main
+from smelt.engine.tiles import TILE
+from smelt.errors import OperationFailed
 from tests.commands import refusal
 from tests.pickled import save_arrays
 from tests.readback import nothing_left, stored, values
@@ -78,6 +80,17 @@ def test_what_overflows_is_counted_and_named(tmp_path: Path, capsys: pytest.Capt
     assert "tensor 'too large': 2 results are NaN or Inf in float16, the first at element 7" in problems[0]
     assert nothing_left(tmp_path / "out")
     smelt.convert(path, tmp_path / "out", dtype="bfloat16", allow_pickle=True)
+
+
+def test_of_a_large_tensor_not_everything_is_counted(tmp_path: Path) -> None:
+    """Its tiles are looked at one by one, and the first bad one ends the run."""
+    large = np.zeros(TILE + 3, np.float32)
+    large[[5, 7, -1]] = 1e9
+    with pytest.raises(OperationFailed, match=r"'w': at least 2 results are NaN or Inf in float16, one at element 5:"):
+        smelt.convert({"w": large}, tmp_path / "out", dtype="float16", threads=1)
+    large[[5, 7, -1]] = np.nan
+    with pytest.raises(OperationFailed, match=r"tensor 'w' holds at least 2 NaN or Inf, one at element 5$"):
+        smelt.convert({"w": large}, tmp_path / "out", dtype="float16", threads=1)
 
 
 def test_refusals_leave_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,20 +47,23 @@ def _copy(operand: Operand, tile: Tile, out: npt.NDArray[Any]) -> int:
 
 
 def _describe(name: str, call: Call, dtype: str, tile: Tile, out: npt.NDArray[Any], flags: int) -> str:
-    """Which tensor of which model is not finite, how often, and where first."""
+    """Which tensor of which model is not finite, how often, and where: as far as this tile shows."""
     if flags & BAD_INPUT:
         for operand in call.operands():
             bad = nonfinite(tile(operand), operand.dtype)
             if bad.any():
-                first = tile.start + int(bad.argmax())
-                what = f"{int(bad.sum())} NaN or Inf, the first at element {first}"
-                return f"{getattr(operand, 'label', 'input')}: tensor {show(name)} holds {what}"
-    bad = nonfinite(out, dtype)
-    count, first = int(bad.sum()), tile.start + int(bad.argmax())
-    return (
-        f"tensor {show(name)}: {count} results are NaN or Inf in {DTYPES[dtype].value_type}, the first at "
-        f"element {first}: weights too large, or choose a wider out_dtype"
-    )
+                count, where = _counted(bad, tile, call)
+                return f"{getattr(operand, 'label', 'input')}: tensor {show(name)} holds {count} NaN or Inf, {where}"
+    count, where = _counted(nonfinite(out, dtype), tile, call)
+    kind = DTYPES[dtype].value_type
+    advice = "weights too large, or choose a wider out_dtype"
+    return f"tensor {show(name)}: {count} results are NaN or Inf in {kind}, {where}: {advice}"
+
+
+def _counted(bad: npt.NDArray[np.bool_], tile: Tile, call: Call) -> tuple[str, str]:
+    """How many elements, and where the first is; of a tensor of several tiles only what is known."""
+    whole, first = tile.count == call.count, tile.start + int(bad.argmax())
+    return ("" if whole else "at least ") + str(int(bad.sum())), f"{'the first' if whole else 'one'} at element {first}"
 
 
 def nonfinite(stored: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.bool_]:
