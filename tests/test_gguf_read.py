@@ -137,6 +137,19 @@ def test_stacked_experts_are_split(tmp_path: Path) -> None:
         assert model.tensors["model.layers.1.mlp.shared_expert_gate.weight"].shape == (1, 32)
 
 
+def test_experts_one_by_one_as_old_files_have_them(tmp_path: Path) -> None:
+    weights = np.random.default_rng(0).standard_normal((3, 4, 32)).astype(np.float32)
+    tensors = {f"blk.1.ffn_down.{expert}.weight": f32(weight) for expert, weight in enumerate(weights)}
+    metadata = {"general.architecture": "llama", "llama.expert_count": ("I", 3)}
+    (tmp_path / "m.gguf").write_bytes(packed(metadata, {**tensors, "blk.1.ffn_down.weight": f32(weights[0])}))
+    with smelt.load(tmp_path / "m.gguf") as model:
+        for expert, weight in enumerate(weights):
+            name = f"model.layers.1.block_sparse_moe.experts.{expert}.w2.weight"
+            assert model[name].tobytes() == weight.tobytes()
+        assert model["model.layers.1.mlp.down_proj.weight"].tobytes() == weights[0].tobytes()
+        assert (model.config["model_type"], model.config["num_local_experts"]) == ("mixtral", 3)
+
+
 def test_llama_3_scaling_is_told_from_its_factors(tmp_path: Path, arrays: Arrays) -> None:
     """The factors are those that the converter of llama.cpp makes of the settings."""
     frequencies = 1 / 500000.0 ** (np.arange(0, 64, 2) / 64)

@@ -303,6 +303,9 @@ GOOD: dict[str, Any] = {
         ({"tokenizer.ggml.add_eos_token": True}, "that is not named: add_eos_token"),
         ({"tokenizer.ggml.model": "llama", "tokenizer.ggml.add_bos_token": False,
           "tokenizer.ggml.remove_extra_whitespaces": True}, "it removes spaces"),
+        ({"tokenizer.ggml.tokens": Texts((b"a" * 40_000, b"b")), "tokenizer.ggml.model": "llama",
+          "tokenizer.ggml.add_bos_token": False}, "its tokens are too long"),
+        ({"tokenizer.chat_template": "\udcff"}, "a text of it is not UTF-8: surrogates not allowed"),
         ({"tokenizer.huggingface.json": "{"}, "tokenizer.huggingface.json is not valid JSON"),
     ],
 )  # fmt: skip

@@ -122,19 +122,42 @@ def gemma() -> Arrays:
     return {**arrays, **more, **heads}
 
 
-def experts() -> Arrays:
+MIXTRAL = {
+    **FULL, "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 3,
+    "num_experts_per_tok": 2,
+}  # fmt: skip
+SHARED = {
+    **MOE, "model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"], "num_experts": 3,
+    "shared_expert_intermediate_size": 64,
+}  # fmt: skip
+
+
+def experts(count: int = 2, shared: bool = False) -> Arrays:
+    """As Qwen's mixtures have them."""
     random = np.random.default_rng(0)
     arrays = {name: array for name, array in llama(1).items() if "mlp" not in name}
+    homes = [f"experts.{expert}" for expert in range(count)] + ["shared_expert"] * shared
     for layer in (0, 1):
-        arrays[f"model.layers.{layer}.mlp.gate.weight"] = random.standard_normal((2, HIDDEN)).astype(np.float32)
-        for expert in (0, 1):
+        block = f"model.layers.{layer}.mlp"
+        arrays[f"{block}.gate.weight"] = random.standard_normal((count, HIDDEN)).astype(np.float32)
+        if shared:
+            arrays[f"{block}.shared_expert_gate.weight"] = random.standard_normal((1, HIDDEN)).astype(np.float32)
+        for home in homes:
             for part in ("gate_proj", "up_proj", "down_proj"):
-                name = f"model.layers.{layer}.mlp.experts.{expert}.{part}.weight"
-                arrays[name] = random.standard_normal((HIDDEN, HIDDEN)).astype(np.float32)
+                shape = (HIDDEN, 32) if part == "down_proj" else (32, HIDDEN)
+                arrays[f"{block}.{home}.{part}.weight"] = random.standard_normal(shape).astype(np.float32)
     return arrays
 
 
-@pytest.mark.parametrize(("config", "arrays"), [(GEMMA, gemma()), (MOE, experts())], ids=["gemma3", "qwen3_moe"])
+def mixtral() -> Arrays:
+    words = {"mlp": "block_sparse_moe", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+    return {".".join(words.get(word, word) for word in name.split(".")): a for name, a in experts(3).items()}
+
+
+@pytest.mark.parametrize(
+    ("config", "arrays"), [(GEMMA, gemma()), (MOE, experts()), (SHARED, experts(3, True)), (MIXTRAL, mixtral())],
+    ids=["gemma3", "qwen3_moe", "qwen2_moe", "mixtral"],
+)  # fmt: skip
 def test_other_families_come_back(tmp_path: Path, config: Mapping[str, Any], arrays: Arrays) -> None:
     """Norms that are stored with 1 added, and experts that are stored as one tensor."""
     with written(save(tmp_path / "m", arrays, config=config), tmp_path / "m.gguf", "F32") as model:
@@ -142,7 +165,22 @@ def test_other_families_come_back(tmp_path: Path, config: Mapping[str, Any], arr
         for name, array in arrays.items():
             assert model[name].shape == array.shape
             np.testing.assert_allclose(model[name], array, atol=1e-7)
-        assert model.config["model_type"] == config["model_type"]
+        for key in config.keys() - {"torch_dtype", "hidden_act"}:
+            assert model.config[key] == config[key], key
+
+
+def test_experts_are_stacked_as_llama_cpp_has_them(tmp_path: Path) -> None:
+    """One tensor for all of a layer, the experts in order; quantised rows are whole blocks of their expert."""
+    gguf = pytest.importorskip("gguf")
+    arrays = mixtral()
+    written(save(tmp_path / "m", arrays, config=MIXTRAL), tmp_path / "m.gguf").close()
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    for inner, part in (("ffn_gate_exps", "w1"), ("ffn_up_exps", "w3"), ("ffn_down_exps", "w2")):
+        tensor = stored[f"blk.1.{inner}.weight"]
+        each = [arrays[f"model.layers.1.block_sparse_moe.experts.{expert}.{part}.weight"] for expert in range(3)]
+        assert tensor.shape.tolist() == [*reversed(each[0].shape), 3]
+        assert tensor.data.tobytes() == gguf.quantize(np.stack(each), gguf.GGMLQuantizationType.Q8_0).tobytes()
+    assert stored["blk.1.ffn_gate_inp.weight"].tensor_type == gguf.GGMLQuantizationType.F32
 
 
 def test_llama_3_scaling_comes_back(tmp_path: Path) -> None:

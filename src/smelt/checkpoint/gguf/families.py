@@ -45,7 +45,7 @@ _MIXTRAL_EXPERTS = {
     "ffn_down_exps": "block_sparse_moe.experts.#.w2",
 }  # fmt: skip
 
-_GGUF = re.compile(r"(?:blk\.(\d{1,6})\.)?([a-z_]+)\.(weight|bias)", re.ASCII)
+_GGUF = re.compile(r"(?:blk\.(\d{1,6})\.)?([a-z_]+)(?:\.(\d{1,6}))?\.(weight|bias)", re.ASCII)
 _HUGGING_FACE = re.compile(r"(?:model\.layers\.(\d{1,6})\.)?(.+)\.(weight|bias)", re.ASCII)
 _EXPERT = re.compile(r"\.experts\.(\d{1,6})\.", re.ASCII)
 
@@ -77,11 +77,17 @@ class Family:
     constants: Mapping[str, Any] = field(default_factory=dict)
 
     def hugging_face(self, name: str) -> str | None:
-        """The name there (``#`` for the number of an expert in a stack), or None where it has none."""
+        """The name there (``#`` for the number of an expert in a stack), or None where it has none.
+
+        Old files have a tensor for each expert, with its number.
+        """
         match = _GGUF.fullmatch(name)
         if match is None:
             return None
-        layer, inner, end = match.groups()
+        layer, inner, expert, end = match.groups()
+        if expert is not None:
+            alone = self.experts.get(f"{inner}_exps", "").replace("#", str(int(expert)))
+            return f"model.layers.{layer}.{alone}.{end}" if layer and alone else None
         if layer is None:
             return f"{_ENDS[inner]}.{end}" if inner in _ENDS else None
         found = self.layer.get(inner) or self.experts.get(inner)

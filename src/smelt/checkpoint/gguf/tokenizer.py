@@ -30,6 +30,9 @@ _MODELS = ("gpt2", "llama")
 #: The control tokens of Phi-3 that leave the spaces behind them alone.
 _NOT_STRIPPING = ("<unk>", "<s>", "<|endoftext|>")
 
+#: Letters that are looked at to find merges; a large vocabulary takes a fiftieth of that.
+_MOST_WORK = 1 << 30
+
 _Tree = dict[str, Any]
 _Metadata = Mapping[str, Any]
 _Pieces = dict[int, Piece]
@@ -47,7 +50,7 @@ class TokenizerFiles(Mapping[str, bytes]):
             return {}, None
         try:
             return tokenizer_files(self._metadata), None
-        except UnicodeDecodeError as error:
+        except (UnicodeDecodeError, UnicodeEncodeError) as error:
             return {}, f"a text of it is not UTF-8: {error.reason}"
         except (ValueError, InputRejected) as error:
             return {}, str(error)
@@ -218,6 +221,8 @@ def _merges(pieces: _Pieces, *, by_score: bool) -> list[list[str]]:
     of one piece's ways is that in which transformers puts them.
     """
     usable = {piece.text: index for index, piece in pieces.items() if piece.kind in (NORMAL, USER_DEFINED, UNUSED)}
+    if sum(len(text) ** 2 for text in usable) > _MOST_WORK:
+        raise ValueError("its tokens are too long")
     ranked = []
     for text, index in usable.items():
         rank = -pieces[index].score if by_score else index
