@@ -15,6 +15,7 @@ import smelt
 from smelt.cli import main
 from smelt.errors import UsageError
 from smelt.kernels.float8 import encode, largest, scales_of
+from tests.lora_files import factors, save_adapter
 from tests.recipes import Family, recipe
 from tests.small_models import CONFIG, Arrays, bf16, llama, save
 
@@ -197,6 +198,40 @@ def test_the_base_s_scales_give_its_codes_again(tmp_path: Path, dtype: str) -> N
         changed = {name: np.argwhere(raw[name] != before[name]).tolist() for name in raw}
     assert {name: where for name, where in changed.items() if where} == {name: [[3, 5]]}
     assert any("1 values in 1 tensors are larger than the base's scales allow" in line for line in made.warnings)
+
+
+def expanded(scales: Any, shape: tuple[int, ...]) -> Any:
+    """A scale for every element, of blocks or of one weight."""
+    height, width = (128, 128) if scales.ndim > 1 else shape
+    grid = scales.reshape(-(-shape[0] // height), -1)
+    return np.repeat(np.repeat(grid, height, 0), width, 1)[: shape[0], : shape[1]]
+
+
+@pytest.mark.parametrize("dtype", ["fp8_block", "fp8_tensor"])
+@pytest.mark.parametrize("how", ["convert", "lora", "linear", "task_arithmetic"])
+def test_an_adapter_on_an_fp8_base_keeps_the_grid(tmp_path: Path, dtype: str, how: str) -> None:
+    """Only what it changes gets other codes, and those are of the changed values in the base's scales."""
+    base = str(smelt.convert(save(tmp_path / "m", wide(2), config=WIDE), tmp_path / "base", dtype=dtype).path)
+    parts = {"self_attn.q_proj": (192, 192), "mlp.down_proj": (192, 576)}
+    shapes = {f"model.layers.{layer}.{part}": shape for layer in (0, 1) for part, shape in parts.items()}
+    tensors = {name: array * np.float32(0.02) for name, array in factors(2, 1, shapes).items()}
+    adapter = save_adapter(tmp_path / "adapter", tensors)
+    adapted, output = f"{base}+{adapter}", {"dtype": dtype, "scales": "base"}
+    if how == "convert":
+        smelt.convert(adapted, tmp_path / "out", **output)
+    else:
+        one = {"model": {"model": {"path": base}, "lora": str(adapter)} if how == "lora" else adapted}
+        asked: dict[str, Any] = {"merge_method": "linear" if how == "lora" else how, "output": output}
+        asked |= {"base_model": base} if how == "task_arithmetic" else {}
+        smelt.merge({**asked, "models": [{**one, "parameters": {"weight": 1}}]}, tmp_path / "out", threads=2)
+    with smelt.load(base, as_stored=True) as before, smelt.load(tmp_path / "out", as_stored=True) as after:
+        assert sorted(before) == sorted(after)
+        moved = {name for name in before if (before[name] != after[name]).any()}  # -0 + 0 is another 0
+        assert moved == {f"{name}.weight" for name in shapes}
+        for name, values in ((name, smelt.load(adapted)[name]) for name in moved):
+            scales = after[f"{name}_scale_inv" if dtype == "fp8_block" else f"{name}_scale"]
+            codes = np.clip(values / expanded(scales, values.shape), -448, 448).astype(FP8)
+            assert (codes != after[name].view(FP8)).mean() < 1e-3, name  # base + (model - base) rounds, too
 
 
 # --- mistakes -------------------------------------------------------------------------------------------
