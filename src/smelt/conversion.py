@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .engine import merge
+from .engine import merge, plan
+from .engine.publish import check_destination
 
 if TYPE_CHECKING:
-    from .engine import Artifact
+    from .engine import Artifact, Plan
     from .engine.progress import Progress
 
 #: What the recipe calls a model that has no path.
@@ -37,9 +38,31 @@ def convert(
 
     Raises UsageError, InputRejected or OperationFailed; then ``out`` does not exist.
     """
+    recipe, models = _recipe(source, dtype, format, scales)
+    return merge(recipe, out, models=models, progress=progress, card=False, **options)
+
+
+def plan_conversion(
+    source: Any, out: str | Path, *, dtype: str | None = None, format: str = "safetensors", scales: str | None = None,
+    **options: Any,
+) -> Plan:  # fmt: skip
+    """What :func:`convert` would do with these options: everything is checked, and nothing written. To be closed."""
+    recipe, models = _recipe(source, dtype, format, scales)
+    made = plan(recipe, models=models, card=False, **options)
+    try:
+        check_destination(Path(out), made.inputs.folders())
+    except BaseException:
+        made.close()
+        raise
+    return made
+
+
+def _recipe(
+    source: Any, dtype: str | None, format: str, scales: str | None
+) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
+    """A merge of one model by passthrough, and the model where it has no path."""
     name = str(source) if isinstance(source, str | Path) else _NAMELESS
     recipe: dict[str, Any] = {"merge_method": "passthrough", "models": [{"model": name}]}
     recipe["output"] = {"format": format} | ({} if dtype is None else {"dtype": dtype})
     recipe["output"] |= {} if scales is None else {"scales": scales}
-    models = {} if isinstance(source, str | Path) else {name: source}
-    return merge(recipe, out, models=models, progress=progress, card=False, **options)
+    return recipe, {} if isinstance(source, str | Path) else {name: source}

@@ -2,41 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from math import hypot
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from math import hypot, prod
+from operator import mul
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ..checkpoint import ADAPTER, TensorInfo, plan_file
-from ..engine.artefact import Source, Work, open_models, publish
+from ..engine.artefact import Source, Work, open_models
 from ..engine.card import public_name
-from ..engine.execute import usable_cores
-from ..engine.progress import Progress, Silent
+from ..engine.progress import Progress
 from ..engine.publish import check_destination
-from ..engine.spool import Spool
-from ..errors import InputRejected
-from ..kernels.dtypes import rounded
+from ..kernels.dtypes import DTYPES, rounded
 from ..kernels.program import Operand
-from ..recipe import parse_size
 from .lowrank import Array, Limits, factors, low_rank, residual
+from .making import Maker, Means, Part
 from .modules import Module
 from .options import Form, Options
+from .outlook import AdapterPlan, Outlook
 from .pair import Pair
 from .peft import CONFIG, config, factor_names, key, short, task_of, tucker_config
-from .pool import for_each
 from .report import AdapterArtifact, ModuleReport, notices, readme
 from .tucker import of_matrix, tucker
-
-
-@dataclass
-class Part:
-    """One module's share of the adapter: its report, and its tensors by their names in the file."""
-
-    module: Module
-    report: ModuleReport
-    tensors: dict[str, Operand] = field(default_factory=dict)
 
 
 def extract_lora(
@@ -77,59 +67,99 @@ def extract_lora(
         Limits(rank, error, sv_epsilon), distribute_scale, embeddings, tuple(save_modules), tuple(include),
         tuple(exclude), skip_undecomposable, factor_dtype, form,
     )  # fmt: skip
-    opened = open_models(allow_pickle, base=base, model=model)
-    work = Work("extract_lora", asdict(options), opened)
+    with _extractor(base, model, out, options, allow_pickle) as extractor:
+        return extractor.make(out, Means.of(threads, memory, progress))
+
+
+def plan_extract_lora(
+    base: Source, model: Source, out: str | Path, *, rank: int = 128, error: float | None = None,
+    sv_epsilon: float = 0.0, allow_pickle: bool = False, threads: int | None = None, memory: str | int = "4GiB",
+    **options: Any,
+) -> AdapterPlan:  # fmt: skip
+    """What :func:`extract_lora` would do with these options: everything is checked, and nothing written."""
+    asked = Options(Limits(rank, error, sv_epsilon), **options)
+    with _extractor(base, model, Path(out), asked, allow_pickle) as extractor:
+        return extractor.plan(Means.of(threads, memory, None))
+
+
+@contextmanager
+def _extractor(
+    base: Source, model: Source, out: Path, options: Options, allow_pickle: bool
+) -> Iterator[_Extractor]:  # fmt: skip
+    """With both models open, and a destination that will do."""
+    work = Work("extract_lora", asdict(options), open_models(allow_pickle, base=base, model=model))
     try:
         check_destination(out, work.folders())
-        with Spool(out.absolute().parent) as spool:
-            extractor = _Extractor(work, options, spool)
-            parts = extractor.run(threads or usable_cores(), parse_size(memory), progress or Silent())
-            return extractor.publish(out, parts, threads, progress)
+        yield _Extractor(work, options)
     finally:
         work.close()
 
 
-class _Extractor:
+class _Extractor(Maker[Module]):
     """Makes the part of every module, and an adapter of them."""
 
-    def __init__(self, work: Work, options: Options, spool: Spool) -> None:
-        self._work, self._options, self._spool = work, options, spool
-        self._pair = Pair(work)
+    label = "decomposing"
 
-    def run(self, threads: int, memory: int, progress: Progress) -> list[Part]:
-        """The parts of all modules, in the order of their names, many at once."""
-        return for_each(
-            self._pair.modules, self._part, needs=self._memory, nbytes=self._pair.nbytes,
-            threads=threads, memory=memory, progress=progress, label="decomposing",
-        )  # fmt: skip
+    def __init__(self, work: Work, options: Options) -> None:
+        super().__init__(work)
+        self._options, self._pair = options, Pair(work)
+        self.units = self._pair.modules
 
-    def _memory(self, module: Module) -> int:
+    def nbytes(self, unit: Module) -> int:
+        return self._pair.nbytes(unit)
+
+    def memory(self, unit: Module) -> int:
         """Both tensors; the Gram matrix, its eigenvectors and their workspace; strips; the factors in fp64."""
-        nbytes = 2 * self._pair.nbytes(module)
-        if self._options.fate(module, self._pair.resized(module))[0] != "low rank":
+        nbytes = 2 * self._pair.nbytes(unit)
+        if self._options.fate(unit, self._pair.resized(unit))[0] != "low rank":
             return nbytes + 1
-        short, long = sorted(self._pair.shape(module))
-        if self._options.form == "flora" and module.kind == "convolution":
+        short, long = sorted(self._pair.shape(unit))
+        if self._options.form == "flora" and unit.kind == "convolution":
             return nbytes + 8 * (4 * short * long + 4 * short * short)
         return nbytes + 8 * (4 * short * short + 3 * 2048 * short + 4 * min(self._options.limits.rank, short) * long)
 
+    def reads(self, unit: Module) -> int:
+        return self._pair.reads(unit.tensors.values())
+
+    def outlook(self, unit: Module) -> Outlook:
+        fate, why = self._options.fate(unit, self._pair.resized(unit))
+        if fate == "nothing":
+            return Outlook(unit.name, "nothing", why=why)
+        if fate == "whole":
+            return Outlook(unit.name, "whole", 0, self.nbytes(unit), why=why)
+        rank, count = self._most(unit)
+        size = count * DTYPES[self._options.dtype].bits // 8
+        whole = self.nbytes(unit) if "bias" in unit.tensors else 0  # stored so where nothing else differs
+        return Outlook(unit.name, "low rank", rank, max(size, whole), size)
+
+    def _most(self, unit: Module) -> tuple[int, int]:
+        """The largest rank that its factors can have, and how many values they then hold."""
+        limit = self._options.limits.rank
+        if self._options.form == "flora":
+            shape = self._pair.model.checkpoint.tensors[unit.tensors["weight"]].shape
+            ranks = [min(limit, length, prod(shape) // length) for length in shape]
+            return max(ranks), prod(ranks) + sum(map(mul, ranks, shape))
+        m, n = self._pair.shape(unit)
+        rank = min(limit, m, n)
+        return rank, rank * (m + n) + (m if "bias" in unit.tensors else 0)
+
     # --- one module -------------------------------------------------------------------------------------
 
-    def _part(self, module: Module) -> Part:
-        fate, why = self._options.fate(module, self._pair.resized(module))
+    def part(self, unit: Module) -> Part:
+        fate, why = self._options.fate(unit, self._pair.resized(unit))
         if fate == "low rank":
-            return self._decomposed(module)
-        norm = self._pair.norm(module)
+            return self._decomposed(unit)
+        norm = self._pair.norm(unit)
         if fate == "nothing" or norm == 0:
-            return _left_out(module, norm, why if norm else "equal")
-        return self._whole(module, norm, why)
+            return _left_out(unit, norm, why if norm else "equal")
+        return self._stored_whole(unit, norm, why)
 
-    def _whole(self, module: Module, norm: float, why: str) -> Part:
+    def _stored_whole(self, module: Module, norm: float, why: str) -> Part:
         tensors = {
-            key(module.name, parameter): self._work.operand(self._pair.model, name)
+            key(module.name, parameter): self.work.operand(self._pair.model, name)
             for parameter, name in module.tensors.items()
         }
-        return Part(module, ModuleReport(module.name, "whole", 0, norm, 0.0, why=why), dict(tensors))
+        return Part(ModuleReport(module.name, "whole", 0, norm, 0.0, why=why), dict(tensors))
 
     def _decomposed(self, module: Module) -> Part:
         bias = self._pair.offset(module.tensors["bias"]) if "bias" in module.tensors else np.zeros(0)
@@ -140,23 +170,25 @@ class _Extractor:
         shift = float(np.linalg.norm(bias))
         norm = hypot(found.norm, shift)
         if not found.rank:
-            return self._whole(module, norm, "its bias differs") if shift else _left_out(module, norm, _why(norm))
+            return (
+                self._stored_whole(module, norm, "its bias differs") if shift else _left_out(module, norm, _why(norm))
+            )
         swapped = module.transposed or module.kind == "embedding"
         b, a = factors(found.transposed if swapped else found, options.distribute_scale, options.dtype)
         names = factor_names(module.name, module.kind == "embedding")
         tensors: dict[str, Operand] = dict(zip(names, self._spooled(module, a, b), strict=True))
         if shift:
-            tensors[key(module.name, "lora_B.bias")] = self._spool.put(rounded(bias, options.dtype))
+            tensors[key(module.name, "lora_B.bias")] = self.keep(rounded(bias, options.dtype))
         error = residual(difference, *((a.T, b.T) if swapped else (b, a)))
         above = int((found.spectrum > difference.rounding()).sum())
-        return Part(module, ModuleReport(module.name, "low rank", found.rank, norm, error, above), tensors)
+        return Part(ModuleReport(module.name, "low rank", found.rank, norm, error, above), tensors)
 
     def _with_core(self, module: Module, shift: float) -> Part:
         """A Tucker form, which has no place for biases."""
         array = self._pair.array(module)
         norm = float(np.linalg.norm(array))
         if shift:
-            return self._whole(module, hypot(norm, shift), "its bias differs")
+            return self._stored_whole(module, hypot(norm, shift), "its bias differs")
         limits = self._options.limits
         found = tucker(array, limits) if array.ndim > 2 else of_matrix(low_rank(self._pair.difference(module), limits))
         if not min(found.ranks):
@@ -169,57 +201,50 @@ class _Extractor:
         order = range(array.ndim) if module.transposed else (1, 0, *range(2, array.ndim))
         parts = {f"param_{place}": stored.factors[axis] for place, axis in enumerate(order)}
         parts["param_G"] = stored.core.transpose(*order)
-        return Part(module, report, {key(module.name, name): self._spool.put(part) for name, part in parts.items()})
+        return Part(report, {key(module.name, name): self.keep(part) for name, part in parts.items()})
 
     def _spooled(self, module: Module, a: Array, b: Array) -> tuple[Operand, Operand]:
         """Both factors, in the shapes that PEFT gives them: those of a convolution are convolutions."""
         if module.kind == "convolution":
             _, *inner = self._pair.model.checkpoint.tensors[module.tensors["weight"]].shape
             a, b = a.reshape(-1, *inner), b.reshape(*b.shape, *(1 for _ in inner[1:]))
-        return self._spool.put(a), self._spool.put(b)
+        return self.keep(a), self.keep(b)
 
     # --- the adapter ------------------------------------------------------------------------------------
 
-    def publish(
-        self, out: Path, parts: Sequence[Part], threads: int | None, progress: Progress | None
-    ) -> AdapterArtifact:
-        """Everything that has a part, in one file, with PEFT's description of it."""
+    def emptiness(self) -> str:
+        return f"nothing to extract: {self._pair.model.label} is {self._pair.base.label}, as far as asked"
+
+    def files(self, title: str, parts: Sequence[Part], tensors: Mapping[str, Operand]) -> Mapping[str, bytes]:
+        """PEFT's description of it."""
         reports = [part.report for part in parts]
-        tensors = {name: operand for part in parts for name, operand in part.tensors.items()}
-        if not tensors:
-            raise InputRejected(
-                f"nothing to extract: {self._pair.model.label} is {self._pair.base.label}, as far as asked"
-            )
-        self._work.notices += notices(reports)
-        shard = plan_file(ADAPTER, [TensorInfo(name, o.dtype, o.shape) for name, o in sorted(tensors.items())])
-        files = {CONFIG: self._config(parts), "README.md": readme(out.name, self._base_name, reports).encode()}
-        done = publish(out, self._work, tensors, files, shards=[shard], threads=threads, progress=progress)
-        return AdapterArtifact(**vars(done), modules=reports)
+        self.work.notices += notices(reports)
+        return {CONFIG: self._config(reports, tensors), "README.md": readme(title, self._base_name, reports).encode()}
 
     @property
     def _base_name(self) -> str:
         return public_name(self._pair.base.label, self._pair.base.is_local)
 
-    def _config(self, parts: Sequence[Part]) -> bytes:
-        ranks = {part.module.name: part.report.rank for part in parts if part.report.stored == "low rank"}
-        whole = short([part.module.name for part in parts if part.report.stored == "whole"], self._pair.modules)
+    def _config(self, reports: Sequence[ModuleReport], tensors: Mapping[str, Operand]) -> bytes:
+        modules = self._pair.modules
+        ranks = {report.module: report.rank for report in reports if report.stored == "low rank"}
+        whole = short([report.module for report in reports if report.stored == "whole"], modules)
         architectures = self._pair.model.checkpoint.config.get("architectures") or [None]
         if self._options.form == "flora":
             return tucker_config(max(ranks.values(), default=1), whole=whole, base=self._base_name)
-        modules, parameters = self._pair.modules, [name for part in parts for name in part.tensors]
         return config(
             ranks,
             targets=short(ranks, modules),
             whole=whole,
             base=self._base_name,
-            bias=any(name.endswith("lora_B.bias") for name in parameters),
+            bias=any(name.endswith("lora_B.bias") for name in tensors),
             task=task_of(architectures[0]),
-            transposed=any(part.module.transposed for part in parts if part.report.rank),
+            transposed=any(module.transposed for module in modules if ranks.get(module.name)),
         )
 
 
 def _left_out(module: Module, norm: float, why: str) -> Part:
-    return Part(module, ModuleReport(module.name, "nothing", 0, norm, norm, why=why))
+    return Part(ModuleReport(module.name, "nothing", 0, norm, norm, why=why))
 
 
 def _why(norm: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite, sqrt
 from typing import Any
 
@@ -22,16 +22,16 @@ from .rules import Compatible, Exact, InCore, Rule
 class MergeOptions:
     """The options of :func:`smelt.merge_lora`, as they are described there."""
 
-    weights: tuple[float, ...] | None
-    rank: int | None
-    error: float | None
-    combination_type: str | None
-    density: float | None
-    majority_sign_method: Any
-    method: str | None
-    parameters: Mapping[str, Any]
-    seed: int
-    factor_dtype: str
+    weights: tuple[float, ...] | None = None
+    rank: int | None = None
+    error: float | None = None
+    combination_type: str | None = None
+    density: float | None = None
+    majority_sign_method: Any = None
+    method: str | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    factor_dtype: str = "float32"
 
     def check(self, adapters: int) -> None:
         """UsageError with everything that is wrong, for so many adapters."""

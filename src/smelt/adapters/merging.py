@@ -2,45 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from math import hypot
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..checkpoint import ADAPTER, TensorInfo, open_adapter, plan_file
+from ..checkpoint import TensorInfo, open_adapter
 from ..checkpoint.adapter import Adapter
-from ..engine.artefact import Work, publish
+from ..engine.artefact import Work
 from ..engine.card import hub_id, public_name
-from ..engine.execute import usable_cores
 from ..engine.inputs import Input
-from ..engine.progress import Progress, Silent
+from ..engine.progress import Progress
 from ..engine.publish import check_destination
-from ..engine.spool import Spool
 from ..errors import InputRejected, show
-from ..kernels.dtypes import rounded
+from ..kernels.dtypes import DTYPES, rounded
 from ..kernels.program import Operand
-from ..recipe import ModelReference, Position, parse_size
+from ..recipe import ModelReference, Position
 from .combinations import too_large
 from .factored import Term, core_of
 from .lowrank import Array, Matrix
+from .making import Maker, Means, Part
 from .merge_options import MergeOptions
+from .outlook import AdapterPlan, Outlook
 from .peft import CONFIG, config, factor_names, key
 from .pieces import Piece, pieces_of, saved_of, targets_of
-from .pool import for_each
 from .report import AdapterArtifact, ModuleReport, merge_card
-from .rules import Compatible, Exact, InCore, Result, Rule
+from .rules import Compatible, Exact, InCore, Result
 from .values import finite_values
-
-
-@dataclass
-class Part:
-    """One module's share of the result: its report, and its tensors by their names in the file."""
-
-    report: ModuleReport
-    tensors: dict[str, Operand] = field(default_factory=dict)
 
 
 def merge_lora(
@@ -80,16 +72,31 @@ def merge_lora(
         tuple(map(float, weights)) if weights is not None else None, rank, error, combination_type, density,
         majority_sign_method, method, dict(parameters or {}), seed, factor_dtype,
     )  # fmt: skip
+    with _merger(adapters, out, options, allow_pickle) as merger:
+        return merger.make(out, Means.of(threads, memory, progress))
+
+
+def plan_merge_lora(
+    adapters: Sequence[str | Path | Adapter], out: str | Path, *, allow_pickle: bool = False,
+    threads: int | None = None, memory: str | int = "4GiB", **options: Any,
+) -> AdapterPlan:  # fmt: skip
+    """What :func:`merge_lora` would do with these options: everything is checked, and nothing written."""
+    with _merger(adapters, Path(out), MergeOptions(**options), allow_pickle) as merger:
+        return merger.plan(Means.of(threads, memory, None))
+
+
+@contextmanager
+def _merger(
+    adapters: Sequence[str | Path | Adapter], out: Path, options: MergeOptions, allow_pickle: bool
+) -> Iterator[_Merger]:  # fmt: skip
+    """With all adapters open, and a destination that will do."""
     options.check(len(adapters))
     opened: list[Adapter] = []
     try:
         opened += (open_adapter(adapter, allow_pickle=allow_pickle) for adapter in adapters)
-        work = Work("merge_lora", asdict(options), [_input(adapter) for adapter in opened], seed)
+        work = Work("merge_lora", asdict(options), [_input(adapter) for adapter in opened], options.seed)
         check_destination(out, work.folders())
-        with Spool(out.absolute().parent) as spool:
-            merger = _Merger(work, opened, options, spool)
-            parts = merger.run(threads or usable_cores(), parse_size(memory), progress or Silent())
-            return merger.publish(out, parts, threads, progress)
+        yield _Merger(work, opened, options)
     finally:
         for adapter in opened:
             adapter.file.close()
@@ -100,22 +107,25 @@ def _input(adapter: Adapter) -> Input:
     return Input(ModelReference(label, label, Position(label)), adapter.file)
 
 
-class _Merger:
+class _Merger(Maker[Piece]):
     """Makes the part of every module, and an adapter of them."""
 
-    def __init__(self, work: Work, adapters: Sequence[Adapter], options: MergeOptions, spool: Spool) -> None:
-        self._work, self._adapters, self._options, self._spool = work, adapters, options, spool
-        self.pieces = pieces_of(adapters)
+    label = "merging"
+
+    def __init__(self, work: Work, adapters: Sequence[Adapter], options: MergeOptions) -> None:
+        super().__init__(work)
+        self._adapters, self._options = adapters, options
+        self.units = pieces_of(adapters)
         self._saved = saved_of(adapters)
         self._stabilised = options.combination_type is not None and adapters[0].config.flag("use_rslora")
-        self._rule: Rule = options.rule(self.pieces, len(adapters), self._stabilised)
+        self._rule = options.rule(self.units, len(adapters), self._stabilised)
         self._weights = options.factors(len(adapters))
         InputRejected.gather(self._biases())
         self._notices()
 
     def _biases(self) -> list[str]:
         """Only sums know what to do with them."""
-        owner = next((place for p in self.pieces for place, update in p.parts if update.bias is not None), None)
+        owner = next((place for p in self.units for place, update in p.parts if update.bias is not None), None)
         if owner is None or isinstance(self._rule, Exact):
             return []
         return [
@@ -127,36 +137,53 @@ class _Merger:
         bases = {adapter.config.base for adapter in self._adapters if adapter.config.base}
         if len(bases) > 1:
             named = ", ".join(map(show, sorted(bases)))
-            self._work.notices.append(f"the adapters name different bases, {named}: are they copies of one model?")
+            self.work.notices.append(f"the adapters name different bases, {named}: are they copies of one model?")
         if self._stabilised:
-            self._work.notices.append(
+            self.work.notices.append(
                 "as in PEFT, the result keeps use_rslora and so is too large by the root of its rank: leave "
                 "combination_type out for the exact sum"
             )
 
     # --- all modules --------------------------------------------------------------------------------------
 
-    def run(self, threads: int, memory: int, progress: Progress) -> list[Part]:
-        """The parts of all modules, in the order of their names, many at once."""
-        pool: dict[str, Any] = {
-            "needs": self._memory, "nbytes": lambda piece: piece.nbytes, "threads": threads, "memory": memory,
-            "progress": progress,
-        }  # fmt: skip
+    def prepare(self, means: Means) -> None:
+        """A method sees the cores of all modules."""
         if isinstance(self._rule, InCore):
-            cores = for_each(self.pieces, self._cores, label="reading", **pool)
-            named = {piece.name: found for piece, found in zip(self.pieces, cores, strict=True)}
+            cores = self.each(self._cores, "reading", means)
+            named = {piece.name: found for piece, found in zip(self.units, cores, strict=True)}
             self._rule.learn(named, len(self._adapters))
-        return for_each(self.pieces, self._part, label="merging", **pool)
 
-    def _memory(self, piece: Piece) -> int:
+    def nbytes(self, unit: Piece) -> int:
+        return unit.nbytes
+
+    def memory(self, unit: Piece) -> int:
         """At the peak, as measured: the factors as stored, in fp64 five and a half times, and squares of the ranks;
         whole matrices where PEFT makes them."""
-        (m, n), total = piece.shape, sum(piece.ranks)
-        needed = piece.nbytes + 44 * (m + n) * total + 64 * total * total
+        (m, n), total = unit.shape, sum(unit.ranks)
+        needed = unit.nbytes + 44 * (m + n) * total + 64 * total * total
         if isinstance(self._rule, Compatible) and self._rule.combination.whole_matrices:
             short = min(m, n)
-            needed += 4 * m * n * (2 * len(piece.parts) + 3) + 8 * (4 * short * short + 3 * 2048 * short)
+            needed += 4 * m * n * (2 * len(unit.parts) + 3) + 8 * (4 * short * short + 3 * 2048 * short)
         return needed
+
+    def held(self) -> int:
+        """The cores of all modules in every adapter, and what a method makes of them."""
+        if not isinstance(self._rule, InCore):
+            return 0
+        return sum(8 * (2 * len(self._adapters) + 2) * sum(piece.ranks) ** 2 for piece in self.units)
+
+    def reads(self, unit: Piece) -> int:
+        return unit.nbytes
+
+    def outlook(self, unit: Piece) -> Outlook:
+        m, n = unit.shape
+        if isinstance(self._rule, Compatible):
+            rank = self._rule.rank
+        else:
+            rank = max(1, min(sum(unit.ranks), m, n, self._rule.limits.rank))
+        count = rank * (m + n) + (m if any(update.bias for _, update in unit.parts) else 0)
+        nbytes = count * DTYPES[self._options.dtype].bits // 8
+        return Outlook(unit.name, "low rank", rank, nbytes, nbytes)
 
     # --- one module ---------------------------------------------------------------------------------------
 
@@ -172,24 +199,24 @@ class _Merger:
 
     def _matrix(self, place: int, info: TensorInfo) -> Array:
         """A factor; a kernel counts as columns."""
-        values = finite_values(self._work, self._work.inputs[place], info.name)
+        values = finite_values(self.work, self.work.inputs[place], info.name)
         return values.reshape(len(values), -1)
 
-    def _part(self, piece: Piece) -> Part:
-        places = [place for place, _ in piece.parts]
+    def part(self, unit: Piece) -> Part:
+        places = [place for place, _ in unit.parts]
         with np.errstate(over="ignore", invalid="ignore"):  # told below
-            result = self._rule.merge(piece.name, self._terms(piece), places, self._options.dtype)
+            result = self._rule.merge(unit.name, self._terms(unit), places, self._options.dtype)
         if not (np.isfinite(result.a).all() and np.isfinite(result.b).all()):
-            raise too_large(piece.name, self._options.factor_dtype)
-        bias = self._bias(piece)
+            raise too_large(unit.name, self._options.factor_dtype)
+        bias = self._bias(unit)
         shift = float(np.linalg.norm(bias))
         norm = hypot(result.norm, shift)
         if not len(result.a) and not shift:
-            return Part(ModuleReport(piece.name, "nothing", 0, 0.0, 0.0, why="the sum is zero"))
-        tensors = self._stored(piece, result)
+            return Part(ModuleReport(unit.name, "nothing", 0, 0.0, 0.0, why="the sum is zero"))
+        tensors = self._stored(unit, result)
         if shift:
-            tensors[key(piece.name, "lora_B.bias")] = self._spool.put(rounded(bias, self._options.dtype))
-        return Part(ModuleReport(piece.name, "low rank", max(1, len(result.a)), norm, result.error), tensors)
+            tensors[key(unit.name, "lora_B.bias")] = self.keep(rounded(bias, self._options.dtype))
+        return Part(ModuleReport(unit.name, "low rank", max(1, len(result.a)), norm, result.error), tensors)
 
     def _bias(self, piece: Piece) -> Matrix:
         """The sum of what the adapters add to the module's bias; empty where none does."""
@@ -206,41 +233,38 @@ class _Merger:
         inner = piece.first.a.shape[1:]
         shaped = a.reshape(-1, *inner), b.reshape(*b.shape, *(1 for _ in inner[1:]))
         names = factor_names(piece.name, piece.first.form == "embedding")
-        return dict(zip(names, map(self._spool.put, shaped), strict=True))
+        return dict(zip(names, map(self.keep, shaped), strict=True))
 
     # --- the adapter --------------------------------------------------------------------------------------
 
-    def publish(
-        self, out: Path, parts: Sequence[Part], threads: int | None, progress: Progress | None
-    ) -> AdapterArtifact:
-        """Everything that has a part, in one file, with PEFT's description of it."""
-        reports = [part.report for part in parts]
-        tensors = {name: operand for part in parts for name, operand in part.tensors.items()}
-        if not tensors:
-            raise InputRejected("the weighted sum of the adapters is zero in every module: nothing to write")
-        tensors |= self._whole()
-        shard = plan_file(ADAPTER, [TensorInfo(name, o.dtype, o.shape) for name, o in sorted(tensors.items())])
-        inputs = [public_name(item.label, item.is_local) for item in self._work.inputs]
-        card = merge_card(out.name, inputs, self._weights, self._base, self._options.described, reports)
-        files = {CONFIG: self._config(reports, tensors), "README.md": card.encode()}
-        done = publish(out, self._work, tensors, files, shards=[shard], threads=threads, progress=progress)
-        return AdapterArtifact(**vars(done), modules=reports)
+    def emptiness(self) -> str:
+        return "the weighted sum of the adapters is zero in every module: nothing to write"
 
-    def _whole(self) -> dict[str, Operand]:
+    def files(self, title: str, parts: Sequence[Part], tensors: Mapping[str, Operand]) -> Mapping[str, bytes]:
+        """PEFT's description of it."""
+        reports = [part.report for part in parts]
+        inputs = [public_name(item.label, item.is_local) for item in self.work.inputs]
+        card = merge_card(title, inputs, self._weights, self._base, self._options.described, reports)
+        return {CONFIG: self._config(reports, tensors), "README.md": card.encode()}
+
+    def whole(self) -> Mapping[str, Operand]:
         """The tensors that all adapters store whole, which must be the same in all."""
         found: dict[str, Operand] = {}
         for name, saved in self._saved.items():
             values = [
-                finite_values(self._work, item, update.value.name)
-                for item, update in zip(self._work.inputs, saved, strict=True)
+                finite_values(self.work, item, update.value.name)
+                for item, update in zip(self.work.inputs, saved, strict=True)
             ]
             if not all(np.array_equal(values[0], other) for other in values[1:]):
                 raise InputRejected(
                     f"tensor {show(name)} is stored whole and differs between the adapters: it has no factors to add; "
                     "merge the adapters with their base instead (base+adapter)"
                 )
-            found[saved[0].value.name] = self._work.operand(self._work.inputs[0], saved[0].value.name)
+            found[saved[0].value.name] = self.work.operand(self.work.inputs[0], saved[0].value.name)
         return found
+
+    def copied(self) -> int:
+        return sum(saved[0].value.nbytes for saved in self._saved.values())
 
     @property
     def _base(self) -> str | None:
@@ -254,12 +278,12 @@ class _Merger:
         whole = {name for adapter in self._adapters for name in adapter.config.names("modules_to_save")}
         return config(
             ranks,
-            targets=targets_of(self._adapters, ranks, self.pieces),
+            targets=targets_of(self._adapters, ranks, self.units),
             whole=sorted(whole),
             base=self._base,
             bias=any(name.endswith("lora_B.bias") for name in tensors),
             task=(tasks.pop() or None) if len(tasks) == 1 else None,
-            transposed=any(piece.first.transposed for piece in self.pieces),
+            transposed=any(piece.first.transposed for piece in self.units),
             stabilised=self._stabilised,
             whole_biases=str(self._adapters[0].config.content.get("bias") or "none"),
         )

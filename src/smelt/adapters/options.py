@@ -21,13 +21,13 @@ class Options:
     """The options of :func:`smelt.extract_lora`, as they are described there."""
 
     limits: Limits
-    distribute_scale: bool
-    embeddings: bool
-    save_modules: tuple[str, ...]
-    include: tuple[str, ...]
-    exclude: tuple[str, ...]
-    skip_undecomposable: bool
-    factor_dtype: str
+    distribute_scale: bool = True
+    embeddings: bool = False
+    save_modules: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    skip_undecomposable: bool = False
+    factor_dtype: str = "float32"
     form: Form = "lora"
 
     def __post_init__(self) -> None:

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from math import sqrt
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import ceil, sqrt
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from ..checkpoint import ADAPTER, TensorInfo, plan_file
+from ..checkpoint import TensorInfo
 from ..checkpoint.adapter import CONFIG, PACK
-from ..engine.artefact import Source, Work, open_models, publish
+from ..engine.artefact import Source, Work, open_models
 from ..engine.card import public_name
-from ..engine.execute import usable_cores
-from ..engine.progress import Progress, Silent
+from ..engine.progress import Progress
 from ..engine.publish import check_destination
-from ..engine.spool import Spool
 from ..errors import InputRejected, UsageError, show
 from ..kernels.dtypes import DTYPES, NAMES, rounded
 from ..kernels.program import Operand
 from ..kernels.random import key_of
-from ..recipe import parse_size
 from .combinations import drawn_from, largest
 from .lowrank import Array
+from .making import Maker, Means, Part
+from .outlook import AdapterPlan, Outlook
 from .pair import Pair
-from .pool import for_each
 from .report import AdapterArtifact, ModuleReport, Stored, pack_card
 
 Parts = dict[str, Array]
@@ -40,10 +39,10 @@ class PackOptions:
     """The options of :func:`smelt.extract_delta`, as they are described there."""
 
     form: Literal["sparse", "sign"]
-    density: float | None
-    prune: Literal["magnitude", "random"] | None
-    seed: int
-    value_dtype: str
+    density: float | None = None
+    prune: Literal["magnitude", "random"] | None = None
+    seed: int = 0
+    value_dtype: str = "float32"
 
     def problems(self) -> Iterator[str]:
         if self.form not in ("sparse", "sign"):
@@ -56,12 +55,6 @@ class PackOptions:
             yield f"prune must be magnitude or random, not {show(self.prune)}"
         if self.value_dtype not in NAMES:
             yield f"value_dtype must be float32, bfloat16, float16 or float64, not {show(self.value_dtype)}"
-
-
-@dataclass
-class Packed:
-    report: ModuleReport
-    tensors: Mapping[str, Operand] = field(default_factory=dict)
 
 
 def extract_delta(
@@ -92,15 +85,31 @@ def extract_delta(
     out = Path(out)
     options = PackOptions(form, density, prune, seed, value_dtype)
     UsageError.gather(options.problems())
+    with _packer(base, model, out, options, allow_pickle) as packer:
+        return packer.make(out, Means.of(threads, memory, progress))
+
+
+def plan_extract_delta(
+    base: Source, model: Source, out: str | Path, *, allow_pickle: bool = False, threads: int | None = None,
+    memory: str | int = "4GiB", **options: Any,
+) -> AdapterPlan:  # fmt: skip
+    """What :func:`extract_delta` would do with these options: everything is checked, and nothing written."""
+    asked = PackOptions(**options)
+    UsageError.gather(asked.problems())
+    with _packer(base, model, Path(out), asked, allow_pickle) as packer:
+        return packer.plan(Means.of(threads, memory, None))
+
+
+@contextmanager
+def _packer(
+    base: Source, model: Source, out: Path, options: PackOptions, allow_pickle: bool
+) -> Iterator[_Packer]:  # fmt: skip
+    """With both models open, and a destination that will do."""
     settings = {name: getattr(options, name) for name in ("form", "density", "prune", "value_dtype")}
-    opened = open_models(allow_pickle, base=base, model=model)
-    work = Work("extract_delta", settings, opened, seed)
+    work = Work("extract_delta", settings, open_models(allow_pickle, base=base, model=model), options.seed)
     try:
         check_destination(out, work.folders())
-        with Spool(out.absolute().parent) as spool:
-            packer = _Packer(work, options, spool)
-            found = packer.run(threads or usable_cores(), parse_size(memory), progress or Silent())
-            return packer.publish(out, found, threads, progress)
+        yield _Packer(work, options)
     finally:
         work.close()
 
@@ -111,56 +120,75 @@ def length(values: Array) -> float:
     return sqrt(sum(float(np.vdot(part, part)) for part in parts))
 
 
-class _Packer:
+class _Packer(Maker[TensorInfo]):
     """Packs every tensor, and makes a folder of them."""
 
-    def __init__(self, work: Work, options: PackOptions, spool: Spool) -> None:
-        self._work, self._options, self._spool = work, options, spool
-        self._pair = Pair(work)
+    label = "packing"
+
+    def __init__(self, work: Work, options: PackOptions) -> None:
+        super().__init__(work)
+        self._options, self._pair = options, Pair(work)
         tensors = self._pair.model.checkpoint.tensors
-        self.tensors = [tensors[name] for name in sorted(tensors) if DTYPES[tensors[name].dtype].arithmetic]
+        self.units = [tensors[name] for name in sorted(tensors) if DTYPES[tensors[name].dtype].arithmetic]
         InputRejected.gather(self._problems())
 
     def _problems(self) -> Iterator[str]:
         """A difference has the shape of what it is added to."""
         base = self._pair.base
-        for info in self.tensors:
+        for info in self.units:
             twin = base.checkpoint.tensors.get(info.name)
             if twin is None or twin.shape != info.shape:
                 found = "not stored" if twin is None else str(list(twin.shape))
                 where = f"{found} in {base.label}"
                 yield f"tensor {show(info.name)} is {list(info.shape)}, and {where}: resize the base first"
 
-    def run(self, threads: int, memory: int, progress: Progress) -> list[Packed]:
-        """All tensors in the order of their names, many at once."""
-        return for_each(
-            self.tensors, self._packed, needs=lambda info: 28 * info.count + 1, nbytes=lambda info: info.nbytes,
-            threads=threads, memory=memory, progress=progress, label="packing",
-        )  # fmt: skip
+    def memory(self, unit: TensorInfo) -> int:
+        return 28 * unit.count + 1
 
-    def _packed(self, info: TensorInfo) -> Packed:
-        delta = self._pair.offset(info.name).reshape(-1).astype(np.float32)
+    def nbytes(self, unit: TensorInfo) -> int:
+        return unit.nbytes
+
+    def reads(self, unit: TensorInfo) -> int:
+        return self._pair.reads([unit.name])
+
+    def outlook(self, unit: TensorInfo) -> Outlook:
+        stored = self._form(unit)
+        size = DTYPES[NAMES[self._options.value_dtype]].bits // 8
+        if stored == "signs":
+            nbytes = -(-unit.count // 8) + 4
+        else:
+            kept = unit.count if stored == "whole" else ceil(float(self._options.density or 1) * unit.count)
+            nbytes = kept * (size + (4 if stored == "entries" else 0))
+        return Outlook(unit.name, stored, 0, nbytes, nbytes)
+
+    def _form(self, info: TensorInfo) -> Stored:
+        """How a tensor that differs is stored."""
+        if len(info.shape) < 2 or info.count >= 1 << 32:
+            return "whole"
+        return "signs" if self._options.form == "sign" else "entries"
+
+    def part(self, unit: TensorInfo) -> Part:
+        delta = self._pair.offset(unit.name).reshape(-1).astype(np.float32)
         norm = length(delta)
         if not norm:
-            return Packed(ModuleReport(info.name, "nothing", 0, 0.0, 0.0, why="equal"))
-        stored, parts = self._parts(info, delta)
-        report = ModuleReport(info.name, stored, 0, norm, length(delta))
-        return Packed(
-            report, {f"{info.name}::{part}": self._spool.put(array) for part, array in parts.items() if array.size}
-        )
+            return Part(ModuleReport(unit.name, "nothing", 0, 0.0, 0.0, why="equal"))
+        stored, parts = self._parts(unit, delta)
+        tensors = {f"{unit.name}::{part}": self.keep(array) for part, array in parts.items() if array.size}
+        return Part(ModuleReport(unit.name, stored, 0, norm, length(delta)), tensors)
 
     def _parts(self, info: TensorInfo, delta: Array) -> tuple[Stored, Parts]:
         """How a difference (n,) is stored, and its parts, which are taken from ``delta``."""
         code = NAMES[self._options.value_dtype]
-        if len(info.shape) < 2 or info.count >= 1 << 32:
+        stored = self._form(info)
+        if stored == "whole":
             whole = rounded(delta.astype(np.float64), code)
             delta -= whole
-            return "whole", {"delta": whole.reshape(info.shape)}
-        if self._options.form == "sign":
+            return stored, {"delta": whole.reshape(info.shape)}
+        if stored == "signs":
             scale = np.float32(np.abs(delta).mean(dtype=np.float64))
             bits = delta >= 0
             delta -= np.where(bits, scale, -scale)
-            return "signs", {"sign": np.packbits(bits), "scale": np.array([scale])}
+            return stored, {"sign": np.packbits(bits), "scale": np.array([scale])}
         density = float(self._options.density or 1)
         if self._options.prune == "random":
             kept = drawn_from(delta, density, key_of(self._options.seed, info.name, 0))
@@ -169,22 +197,13 @@ class _Packer:
         index = np.flatnonzero(kept)
         values = rounded(kept[index].astype(np.float64), code)
         delta[index] -= values
-        return "entries", {"index": index.astype(np.uint32), "value": values}
+        return stored, {"index": index.astype(np.uint32), "value": values}
 
-    def publish(
-        self, out: Path, found: list[Packed], threads: int | None, progress: Progress | None
-    ) -> AdapterArtifact:
-        """Everything in one file, with a description of it."""
-        tensors = {name: operand for packed in found for name, operand in packed.tensors.items()}
-        if not tensors:
-            raise InputRejected(f"nothing to pack: {self._pair.model.label} is {self._pair.base.label}")
-        shard = plan_file(ADAPTER, [TensorInfo(name, o.dtype, o.shape) for name, o in sorted(tensors.items())])
-        reports, base = [packed.report for packed in found], self._pair.base
-        name = public_name(base.label, base.is_local)
+    def emptiness(self) -> str:
+        return f"nothing to pack: {self._pair.model.label} is {self._pair.base.label}"
+
+    def files(self, title: str, parts: Sequence[Part], tensors: Mapping[str, Operand]) -> Mapping[str, bytes]:
+        name = public_name(self._pair.base.label, self._pair.base.is_local)
         content: dict[str, Any] = {"peft_type": PACK, "base_model_name_or_path": name, "inference_mode": True}
-        files = {
-            CONFIG: (json.dumps(content, indent=2) + "\n").encode(),
-            "README.md": pack_card(out.name, name, self._options.form, reports).encode(),
-        }
-        done = publish(out, self._work, tensors, files, shards=[shard], threads=threads, progress=progress)
-        return AdapterArtifact(**vars(done), modules=reports)
+        card = pack_card(title, name, self._options.form, [part.report for part in parts])
+        return {CONFIG: (json.dumps(content, indent=2) + "\n").encode(), "README.md": card.encode()}

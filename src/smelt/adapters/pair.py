@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import prod, sqrt
 from typing import Any
 
@@ -60,6 +60,11 @@ class Pair:
 
     def nbytes(self, module: Module) -> int:
         return sum(self.model.checkpoint.tensors[name].nbytes for name in module.tensors.values())
+
+    def reads(self, names: Iterable[str]) -> int:
+        """Bytes of these tensors and of the base's beside them."""
+        model, base = self.model.checkpoint.tensors, self.base.checkpoint.tensors
+        return sum(model[name].nbytes + base[str(self._twin(name))].nbytes for name in names)
 
     def difference(self, module: Module) -> Difference:
         """Of the weights as matrices."""

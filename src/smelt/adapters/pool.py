@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
@@ -30,11 +30,7 @@ def for_each(
     ``needs`` is the memory that one takes, ``nbytes`` what it counts for in the progress. UsageError where a single
     module needs more than ``memory``, which is that of the whole process.
     """
-    sizes = {module.name: needs(module) for module in modules}
-    largest = max(sizes, key=sizes.__getitem__)
-    most = max(1, sizes[largest])
-    if most + BASELINE > memory:
-        raise UsageError(f"memory must be at least {-(-(most + BASELINE) >> 20)}MiB, for module {show(largest)}")
+    workers = at_once({module.name: needs(module) for module in modules}, threads, memory)
     progress.start(sum(map(nbytes, modules)), label)
 
     def made(module: T) -> R:
@@ -44,7 +40,16 @@ def for_each(
         return result
 
     try:
-        with one_thread(), ThreadPoolExecutor(min(threads, (memory - BASELINE) // most), "smelt") as pool:
+        with one_thread(), ThreadPoolExecutor(workers, "smelt") as pool:
             return list(pool.map(made, modules))
     finally:
         progress.finish()
+
+
+def at_once(needs: Mapping[str, int], threads: int, memory: int) -> int:
+    """How many modules are worked on at a time. UsageError where one of them alone needs more than ``memory``."""
+    largest = max(needs, key=needs.__getitem__)
+    most = max(1, needs[largest])
+    if most + BASELINE > memory:
+        raise UsageError(f"memory must be at least {-(-(most + BASELINE) >> 20)}MiB, for module {show(largest)}")
+    return min(threads, (memory - BASELINE) // most)

@@ -3,6 +3,9 @@
 - :class:`Exact`: the weighted sum, cut to a rank or an error where one is asked for;
 - :class:`Compatible`: one of PEFT's combination types, with its numbers;
 - :class:`InCore`: any of smelt's methods, on the small matrices that the factors are in the space they share.
+
+Where they merge a module, ``places`` are those of the terms' adapters, and ``dtype`` is the safetensors code of the
+factors.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import hypot
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,12 +32,6 @@ class Result(NamedTuple):
     a: Array
     norm: float
     error: float
-
-
-class Rule(Protocol):
-    """``places`` are those of the terms' adapters; ``dtype`` is the safetensors code of the factors."""
-
-    def merge(self, module: str, terms: Sequence[Term], places: Sequence[int], dtype: str) -> Result: ...
 
 
 @dataclass(frozen=True)
@@ -94,6 +91,9 @@ class InCore:
 
     def merge(self, module: str, terms: Sequence[Term], places: Sequence[int], dtype: str) -> Result:
         return _stored(outside(core_of(terms), self.merged[f"{module}.weight"], self.limits), dtype)
+
+
+Rule = Exact | Compatible | InCore
 
 
 def _stored(found: LowRank, dtype: str) -> Result:

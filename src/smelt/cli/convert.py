@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Any
 
 import click
 
-from .merge import show_artifact
-from .options import common, json_option, pickle_option, settings
+from .merge import show_artifact, show_plan
+from .options import common, dry_run_option, json_option, pickle_option, settings
 from .progress import bar
 
 
@@ -33,15 +34,20 @@ from .progress import bar
     "--on-nonfinite", type=click.Choice(["error", "warn", "allow"]), default="error", show_default=True,
     help="NaN or Inf in the model, or from an overflow of --dtype.",
 )  # fmt: skip
+@dry_run_option
 @pickle_option
 @json_option
 @common
-def command(model: str, out: str, as_json: bool, **options: Any) -> None:
+def command(model: str, out: str, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Write MODEL (a folder, a file, a hub id or a URL) in another form into OUT, a folder that does not exist yet.
 
     Config, tokenizer and the other files beside the weights come along; a GGUF file holds them itself. Prints the
     path.
     """
-    from ..conversion import convert
+    from ..conversion import convert, plan_conversion
 
+    if dry_run:
+        with closing(plan_conversion(model, out, **options)) as planned:
+            show_plan(planned, as_json)
+        return
     show_artifact(convert(model, out, progress=bar(settings().quiet), **options), as_json)

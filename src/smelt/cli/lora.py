@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import common, json_option, pickle_option, settings
-from .output import duration, plain, print_json, print_table
+from .options import common, dry_run_option, json_option, pickle_option, settings
+from .output import duration, plain, print_json, print_pairs, print_table, size
 from .progress import bar
 
 if TYPE_CHECKING:
-    from ..adapters import AdapterArtifact
+    from ..adapters import AdapterArtifact, AdapterPlan
 
 
 @click.group(short_help="Make and merge adapters.", context_settings={"help_option_names": ["-h", "--help"]})
@@ -49,16 +49,20 @@ def command() -> None:
 )  # fmt: skip
 @click.option("--memory", default="4GiB", metavar="SIZE", show_default=True, help="Bounds how many matrices at once.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: the cores this process may use.")
+@dry_run_option
 @pickle_option
 @json_option
 @common
-def extract(base: str, model: str, out: str, as_json: bool, **options: Any) -> None:
+def extract(base: str, model: str, out: str, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Write the PEFT adapter that leads from BASE to MODEL (a fine-tune of it) as the new folder OUT.
 
     Prints what each module loses: full fine-tunes are rarely of low rank.
     """
-    from ..adapters import extract_lora
+    from ..adapters import extract_lora, plan_extract_lora
 
+    if dry_run:
+        _show_plan(plan_extract_lora(base, model, out, **options), as_json)
+        return
     result = extract_lora(base, model, out, progress=bar(settings().quiet), **options)
     if as_json:
         print_json(result.as_dict())
@@ -113,10 +117,13 @@ def _parameters(ctx: click.Context, option: click.Parameter, pairs: tuple[str, .
 )  # fmt: skip
 @click.option("--memory", default="4GiB", metavar="SIZE", show_default=True, help="Bounds how many modules at once.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: the cores this process may use.")
+@dry_run_option
 @pickle_option
 @json_option
 @common
-def merge(adapters: tuple[str, ...], out: str, weights: tuple[float, ...], as_json: bool, **options: Any) -> None:
+def merge(
+    adapters: tuple[str, ...], out: str, weights: tuple[float, ...], dry_run: bool, as_json: bool, **options: Any
+) -> None:  # fmt: skip
     """Write one PEFT adapter made of the LoRA ADAPTERs (folders, hub ids or URLs) as the new folder OUT.
 
     By default their exact weighted sum, whatever their ranks, alphas and modules; no base model is needed.
@@ -127,8 +134,11 @@ def merge(adapters: tuple[str, ...], out: str, weights: tuple[float, ...], as_js
         smelt lora merge A B OUT --combination-type ties --density 0.5
         smelt lora merge A B C OUT --method tsv
     """
-    from ..adapters import merge_lora
+    from ..adapters import merge_lora, plan_merge_lora
 
+    if dry_run:
+        _show_plan(plan_merge_lora(adapters, out, weights=weights or None, **options), as_json)
+        return
     result = merge_lora(adapters, out, weights=weights or None, progress=bar(settings().quiet), **options)
     if as_json:
         print_json(result.as_dict())
@@ -157,16 +167,20 @@ def merge(adapters: tuple[str, ...], out: str, weights: tuple[float, ...], as_js
 )  # fmt: skip
 @click.option("--memory", default="4GiB", metavar="SIZE", show_default=True, help="Bounds how many tensors at once.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: the cores this process may use.")
+@dry_run_option
 @pickle_option
 @json_option
 @common
-def pack(base: str, model: str, out: str, as_json: bool, **options: Any) -> None:
+def pack(base: str, model: str, out: str, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Write what leads from BASE to MODEL (a fine-tune of it), packed, as the new folder OUT.
 
     BASE+OUT then reads as a model, in recipes and everywhere else. Prints what each tensor loses.
     """
-    from ..adapters import extract_delta
+    from ..adapters import extract_delta, plan_extract_delta
 
+    if dry_run:
+        _show_plan(plan_extract_delta(base, model, out, **options), as_json)
+        return
     result = extract_delta(base, model, out, progress=bar(settings().quiet), **options)
     if as_json:
         print_json(result.as_dict())
@@ -177,6 +191,27 @@ def pack(base: str, model: str, out: str, as_json: bool, **options: Any) -> None
         print_table(("tensor", "stored", ">error", "why"), rows)
         print(f"{result.error:.2%} of the difference's norm is left out", file=sys.stderr)
     print(result.path)
+
+
+def _show_plan(plan: AdapterPlan, as_json: bool) -> None:
+    if as_json:
+        print_json(plan.as_dict())
+        return
+    rows = [(plain(m.module), m.stored, str(m.rank or ""), size(m.nbytes), m.why) for m in plan.modules]
+    print_table(("module", "stored", ">most rank", ">most size", "why"), rows)
+    print_pairs(
+        {
+            "inputs": ", ".join(map(plain, plan.inputs)),
+            "modules": str(len(plan.modules)),
+            "reads": size(plan.bytes_read),
+            "writes": f"at most {size(plan.bytes_written)}",
+            "disk needed": size(plan.disk_needed),
+            "peak memory": size(plan.peak_memory),
+            "at once": str(plan.threads),
+        }
+    )
+    for notice in plan.notices:
+        print(f"note: {notice}", file=sys.stderr)
 
 
 def _show_merge(result: AdapterArtifact) -> None:

@@ -11,7 +11,7 @@ import click
 
 from ..errors import UsageError, show
 from ..storage import listdir
-from .options import common, json_option, pickle_option, settings
+from .options import common, dry_run_option, json_option, pickle_option, settings
 from .output import duration, plain, print_json, print_pairs, print_table, size
 from .progress import bar
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @click.option("--continue", "merged", metavar="MERGED", help="Add to what was merged with --save-state: MODEL... OUT.")
 @click.option("--base", metavar="PATH", help="With --continue: where the base is, if not where the recipe says.")
 @click.option("--save-state", is_flag=True, help="Write what --continue needs, too: a float32 copy of what is merged.")
-@click.option("--dry-run", is_flag=True, help="Plan and check everything, read no weights, write nothing.")
+@dry_run_option
 @click.option("--memory", default="1GiB", metavar="SIZE", show_default=True, help="Budget for buffers.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: the cores this process may use.")
 @click.option("--device", default="cpu", metavar="NAME", show_default=True, help="cpu, cuda or cuda:N.")
@@ -79,7 +79,7 @@ def command(
     if dry_run:
         from ..engine import plan
 
-        _show_plan(plan(source, **options), as_json)
+        show_plan(plan(source, **options), as_json)
         return
     from ..engine import merge
 
@@ -113,7 +113,7 @@ def _continue(merged: str, words: Sequence[str], dry_run: bool, as_json: bool, o
     if dry_run:
         from ..engine import plan_continued
 
-        _show_plan(plan_continued(merged, added, **options), as_json)
+        show_plan(plan_continued(merged, added, **options), as_json)
         return
     from ..engine import continue_merge
 
@@ -149,7 +149,7 @@ def show_artifact(artifact: Artifact, as_json: bool) -> None:
     print_json(artifact.as_dict()) if as_json else print(artifact.path)
 
 
-def _show_plan(plan: Plan, as_json: bool) -> None:
+def show_plan(plan: Plan, as_json: bool) -> None:
     facts = plan.as_dict()
     plan.close()
     if as_json:

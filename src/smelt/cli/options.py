@@ -44,3 +44,9 @@ def pickle_option(command: F) -> F:
 
 def json_option(command: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")(command)
+
+
+def dry_run_option(command: F) -> F:
+    return click.option("--dry-run", is_flag=True, help="Plan and check everything, read no weights, write nothing.")(
+        command
+    )
