@@ -100,7 +100,7 @@ def _has_weights(folder: Place, index: str) -> bool:
     """Whether a folder holds weights, or must: a config.json is a model's in diffusers."""
     names = folder.names()
     named = any(kind.has(name) or name.endswith(kind.index) for name in names for kind in (SAFETENSORS, PICKLED))
-    return named or (index == INDICES[0] and "config.json" in names)
+    return named or (index == INDICES[0] and folder.has("config.json"))
 
 
 class PipelineCheckpoint(Checkpoint):
@@ -123,10 +123,12 @@ class PipelineCheckpoint(Checkpoint):
         self._nested = [name for folder in layout.folders if folder for name in _side_files(home, folder)]
         if "" in opened:
             self.config = opened[""].config
-        own = [layout.index, *filter(_AT_THE_TOP.fullmatch, home.names())]
+        own = [layout.index, *filter(_AT_THE_TOP.fullmatch, _known(home))]
         self.beside = tuple(dict.fromkeys([*own, *self._nested, *chain(*(made.beside for made in opened.values()))]))
         self.metadata = {key: text for made in opened.values() for key, text in made.metadata.items()}
         self.notices = [f"{folder or 'top'}: {note}" for folder, made in opened.items() for note in made.notices]
+        if not home.lists:
+            self.notices.append(f"{home.shown()} lists no folders: only files of usual names are taken along")
 
     def _named(self, opened: Mapping[str, Checkpoint]) -> Iterator[tuple[str, tuple[Part, Checkpoint, str]]]:
         for part, made in zip(self.parts, opened.values(), strict=True):
@@ -170,9 +172,13 @@ class PipelineCheckpoint(Checkpoint):
         return PipelineCheckpoint(self._home, self._layout, opened, self.label, self.revision)
 
 
+def _known(place: Place) -> list[str]:
+    return place.names() if place.lists else place.beside()
+
+
 def _side_files(home: Place, folder: str) -> Iterator[str]:
     place = home.inside(folder)
-    for name in place.names():
+    for name in _known(place):
         plain = not name.startswith(".") and not name.lower().endswith(_LEFT_BEHIND)
         if plain and not place.has_folder(name):
             yield f"{folder}/{name}"

@@ -33,6 +33,9 @@ class Place(ABC):
 
     folder: Path | None = None
 
+    #: Whether all files can be listed; else those that are known by name.
+    lists: bool = True
+
     #: Memory that reading its files takes beside what it fills.
     scratch: int = 0
 
@@ -50,7 +53,7 @@ class Place(ABC):
 
     @abstractmethod
     def has_folder(self, name: str) -> bool:
-        """Whether there is a folder below of this name. InputRejected where that cannot be known."""
+        """Whether there is a folder below of this name."""
 
     @abstractmethod
     def inside(self, name: str) -> Place:

@@ -8,8 +8,7 @@ from urllib.parse import quote, urlsplit
 
 from ...errors import InputRejected, OperationFailed, show, without_secrets
 from ..documents import MAX_BYTES
-from ..place import Place
-from ..selection import ADAPTER, STEMS
+from ..selection import ADAPTER, PICKLED, PICKLED_ADAPTER, SAFETENSORS
 from ..stored import Stored, changed
 from .blocks import RemoteFile, pool
 from .client import Answer, Client
@@ -21,12 +20,14 @@ _EMPTY = re.compile(r"bytes \*/(\d{1,18})")
 _AGAIN = {408, 425, 429, 500, 502, 503, 504}
 _ABSENT = {401, 403, 404, 410}
 
-#: What may lie beside the weights of a folder that cannot be listed.
+#: What may lie beside the weights of a folder that cannot be listed, or in one of a pipeline.
 BESIDE = (
     "README.md", "added_tokens.json", "chat_template.jinja", "chat_template.json", "config.json",
-    "feature_extractor_config.json", "generation_config.json", "merges.txt", "preprocessor_config.json",
-    "processor_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-    "video_preprocessor_config.json", "vocab.json", "vocab.txt",
+    "config_sentence_transformers.json", "feature_extractor_config.json", "generation_config.json", "merges.txt",
+    "model_index.json", "modules.json", "preprocessor_config.json", "processor_config.json", "scheduler_config.json",
+    "sentence_bert_config.json", "sentencepiece.bpe.model", "special_tokens_map.json", "spiece.model",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "video_preprocessor_config.json", "vocab.json",
+    "vocab.txt",
 )  # fmt: skip
 
 
@@ -115,6 +116,8 @@ def _refuse(answer: Answer, name: str) -> NoReturn:
 class HttpPlace(RemotePlace):
     """A folder of a web server. ``url`` may have a query, which goes along with every file."""
 
+    lists = False
+
     def __init__(self, client: Client, url: str) -> None:
         super().__init__()
         parts = urlsplit(url)
@@ -122,6 +125,7 @@ class HttpPlace(RemotePlace):
         self._folder = parts._replace(query="", fragment="").geturl().rstrip("/")
         self._query = f"?{parts.query}" if parts.query else ""
         self._weights: list[str] | None = None
+        self._inner: dict[str, HttpPlace] = {}
 
     def shown(self, name: str | None = None) -> str:
         return show(self._folder if name is None else f"{self._folder}/{name}", 1000)
@@ -142,27 +146,27 @@ class HttpPlace(RemotePlace):
         return self._weights
 
     def _found(self) -> list[str]:
-        for stem in STEMS:
-            index = f"{stem}.safetensors.index.json"
+        for kind, stem in [(one, stem) for one in (SAFETENSORS, PICKLED) for stem in one.stems]:
+            index, single = f"{stem}{kind.index}", f"{stem}{kind.endings[0]}"
             if self.small(index, MAX_BYTES) is not None:
                 weight_map = self.json(index).get("weight_map")
                 files = weight_map.values() if isinstance(weight_map, dict) else ()
                 return [index, *{file for file in files if isinstance(file, str)}]
-            if self.answers(f"{stem}.safetensors"):
-                return [f"{stem}.safetensors"]
-        return [ADAPTER] if self.answers(ADAPTER) else []
+            if self.answers(single):
+                return [single]
+        return next(([name] for name in (ADAPTER, PICKLED_ADAPTER) if self.answers(name)), [])
 
     def has(self, name: str) -> bool:
         return self.small(name, MAX_BYTES) is not None if name.endswith(".json") else self.answers(name)
 
     def has_folder(self, name: str) -> bool:
-        raise InputRejected(
-            f"{self.shown()} is a model in several folders, which a web server does not list: download it, or read it "
-            "from hf:// or a bucket"
-        )
+        """Whether any file that is known by name lies in it."""
+        return name not in BESIDE and bool(self.inside(name).beside() or self.inside(name).names())
 
-    def inside(self, name: str) -> Place:
-        return HttpPlace(self._client, f"{self._folder}/{quote(name, safe='')}{self._query}")
+    def inside(self, name: str) -> HttpPlace:
+        if name not in self._inner:
+            self._inner[name] = HttpPlace(self._client, f"{self._folder}/{quote(name, safe='')}{self._query}")
+        return self._inner[name]
 
     def answers(self, name: str) -> bool:
         """Whether a file is there. Raises InputRejected when it is not served by ranges."""

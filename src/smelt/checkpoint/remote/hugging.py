@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from urllib.parse import quote
 
 from .. import hub
-from ..place import Place
 from .client import Client, client_for
 from .http import HttpFile, HttpPlace
 
@@ -23,6 +22,8 @@ def repository(name: str, revision: str | None) -> HubPlace:
 
 class HubPlace(HttpPlace):
     """A repository at one commit, which ``commit`` names: what is there can never change."""
+
+    lists = True
 
     def __init__(self, client: Client, url: str, commit: str, files: Sequence[str]) -> None:
         """``files``: the paths of all files below."""
@@ -45,7 +46,7 @@ class HubPlace(HttpPlace):
     def has_folder(self, name: str) -> bool:
         return any(path.startswith(f"{name}/") for path in self._files)
 
-    def inside(self, name: str) -> Place:
+    def inside(self, name: str) -> HubPlace:
         below = [path.removeprefix(f"{name}/") for path in self._files if path.startswith(f"{name}/")]
         return HubPlace(self._client, f"{self._folder}/{quote(name, safe='')}", self.commit, below)
 
