@@ -26,7 +26,7 @@ test-torch: $(VENV)/.dev $(VENV)/.torch
 faults: $(VENV)/.dev
 	$(BIN)/python -m tests.faults $(ARGS)
 
-fuzz: $(VENV)/.dev
+fuzz: $(VENV)/.dev $(VENV)/.fuzz
 	$(BIN)/python -m tests.fuzz $(ARGS)
 
 lint: $(VENV)/.dev
@@ -60,6 +60,11 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.made
 
 $(VENV)/.torch: $(VENV)/.made
 	$(INSTALL) '$(TORCH)'
+	@touch $@
+
+# There is a wheel of atheris for few Pythons; without it files are mutated by chance.
+$(VENV)/.fuzz: pyproject.toml $(VENV)/.dev
+	@$(INSTALL) --editable '.[fuzz]' || echo "atheris cannot be installed here: fuzzing by chance alone" >&2
 	@touch $@
 
 $(VENV)/.demo: pyproject.toml $(VENV)/.torch

@@ -105,6 +105,20 @@ def test_only_the_same_plan_continues(tree: Any, family: Family, tmp_path: Path)
     assert not continued(smelt.merge(same, tmp_path / "out"))
 
 
+def test_what_takes_long_is_recorded_before_it_is_much(
+    tree: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few bytes in many minutes: they are there after a kill. A disk that is slow is not asked all the time."""
+    monkeypatch.setattr(journal, "INTERVAL", 1 << 40)
+    stopped(tree, tmp_path / "quick")
+    monkeypatch.setattr(journal, "PATIENCE", 0.0)
+    monkeypatch.setattr(journal, "_SHARE", 1e9)
+    stopped(tree, tmp_path / "slow")
+    monkeypatch.setattr(journal, "_SHARE", 1e-9)
+    stopped(tree, tmp_path / "waiting")
+    assert [left.tensors for left in leftovers([tmp_path])] == [0, 11, 1]
+
+
 def test_a_failed_run_leaves_nothing_unless_that_was_asked_for(tree: Any, tmp_path: Path) -> None:
     with pytest.raises(OperationFailed, match="stopped"):
         smelt.merge(tree, tmp_path / "out", progress=Stopping(HALF))

@@ -25,6 +25,8 @@ MAX_DEPTH = 64
 _MAX_MARKS = {b",": 10_000_000, b":": 4_400_000, b"[": 2_500_000, b"{": 1_500_000}
 
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+#: Half of a surrogate pair, or what looks like one: as in "\\\\ud800", which spells a backslash.
+_HALF = re.compile(rb"\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F]", re.DOTALL)
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 
@@ -40,10 +42,12 @@ def parse_json(
     *,
     parse_int: Callable[[str], Any] | None = None,
     parse_constant: Callable[[str], Any] | None = None,
+    halves: bool = False,
 ) -> dict[str, Any]:
     """The object that ``raw`` spells. ``where`` opens every message; the rest is as for ``json.loads``.
 
-    Raises InputRejected when it is malformed, no object, repeats a key, or exceeds the bounds above.
+    Raises InputRejected when it is malformed, no object, repeats a key, exceeds the bounds above, or (but with
+    ``halves``) holds half a surrogate pair, which is no text that could be written again.
     """
     _bound(raw, where)
     try:
@@ -57,7 +61,17 @@ def parse_json(
         raise InputRejected(f"{where}: {error}") from error
     if not isinstance(content, dict):
         raise InputRejected(f"{where} holds {brief(content)}, expected an object")
+    if not halves and _HALF.search(raw) and not _is_text(content):
+        raise InputRejected(f"{where} holds half a surrogate pair, which is no text")
     return content
+
+
+def _is_text(content: dict[str, Any]) -> bool:
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def brief(value: Any) -> str:

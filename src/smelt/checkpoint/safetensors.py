@@ -168,7 +168,7 @@ def _load(raw: bytes, where: str) -> dict[str, Any]:
         raise InputRejected(f"{where}: the header begins with {raw[:1]!r}, expected '{{'")
     if raw.count(b'"data_offsets"') > MAX_TENSORS:  # before a million objects are made
         raise _too_many(where)
-    return parse_json(raw, f"{where}: the header", parse_int=_integer, parse_constant=_no_constant)
+    return parse_json(raw, f"{where}: the header", parse_int=_integer, parse_constant=_no_constant, halves=True)
 
 
 def _integer(text: str) -> int | float:

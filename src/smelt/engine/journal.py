@@ -8,6 +8,7 @@ same before it is relied on.
 from __future__ import annotations
 
 import json
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,8 +22,12 @@ from .statistics import FactoredOperand
 
 NAME = "journal"
 
-#: After so many bytes of finished tensors the disk is waited for.
-INTERVAL = 256 << 20
+#: The disk is waited for after so many bytes of finished tensors, and with the first that is finished after so many
+#: seconds: slow methods make few bytes, and each is dear.
+INTERVAL, PATIENCE = 256 << 20, 2.0
+
+#: A disk on which that takes long is asked less often: this part of the time at most, but for what many bytes take.
+_SHARE = 0.05
 
 _LARGEST = 1 << 30
 
@@ -42,6 +47,7 @@ class Journal:
         self._path, self._reads_of = path, reads_of
         self._waiting: list[bytes] = []
         self._bytes = 0
+        self._next = time.monotonic() + PATIENCE
         self.paused = False
         entries, length = recorded(path)
         self.finished = {entry["tensor"]: entry["sha256"] for entry in entries}
@@ -63,13 +69,16 @@ class Journal:
 
     @property
     def is_due(self) -> bool:
-        return self._bytes >= INTERVAL
+        return self._bytes >= INTERVAL or (bool(self._waiting) and time.monotonic() >= self._next)
 
     def commit(self, sync: Callable[[], None]) -> None:
         """Sync the data, then record what it is."""
+        began = time.monotonic()
         sync()
         storage.append(self._descriptor, b"".join(self._waiting), self._path)
         self._waiting, self._bytes = [], 0
+        ended = time.monotonic()
+        self._next = ended + max(PATIENCE, (ended - began) / _SHARE)
 
 
 def _line(entry: dict[str, Any]) -> bytes:

@@ -139,14 +139,12 @@ def _sizes(
             raise stored.rejected(index, f"is {index.dtype} of shape {list(index.shape)}, expected a line of I32")
         rows = index.shape[0]
         bits = codes.shape[0] * 32 // rows
-        if settings.get("bits", bits) != bits and not settings.get("dynamic"):
-            raise stored.rejected(
-                index, f"has {rows} entries, expected {codes.shape[0] * 32 / settings['bits']:g} for {codes.name}"
-            )
+        if (said := settings.get("bits", bits)) != bits and not settings.get("dynamic"):
+            raise stored.rejected(index, f"has {rows} entries, which are {bits} bits for each code, not {show(said)}")
     else:
         bits = settings.get("bits", 0)
-        rows = codes.shape[0] * 32 // bits if bits else 0
-    if bits not in (2, 3, 4, 8):
+        rows = codes.shape[0] * 32 // bits if type(bits) is int and bits > 0 else 0
+    if type(bits) is not int or bits not in (2, 3, 4, 8):
         raise stored.rejected(codes, f"has codes of {show(bits)} bits, this version reads GPTQ with 2, 3, 4 and 8")
     return bits, rows
 
