@@ -116,7 +116,9 @@ def test_what_takes_long_is_recorded_before_it_is_much(
     stopped(tree, tmp_path / "slow")
     monkeypatch.setattr(journal, "_SHARE", 1e-9)
     stopped(tree, tmp_path / "waiting")
-    assert [left.tensors for left in leftovers([tmp_path])] == [0, 11, 1]
+    quick, slow, waiting = (left.tensors for left in leftovers([tmp_path]))
+    assert (quick, waiting) == (0, 1)
+    assert slow > 5
 
 
 def test_a_failed_run_leaves_nothing_unless_that_was_asked_for(tree: Any, tmp_path: Path) -> None:
