@@ -308,7 +308,7 @@ def test_make_targets_set_up_an_environment_once(target: str, tmp_path: Path) ->
     bare = planned(target, tmp_path / "none")
     ready = tmp_path / "ready"
     ready.mkdir()
-    for stamp in (".made", ".dev", ".torch", ".demo"):
+    for stamp in (".made", ".dev", ".fuzz", ".torch", ".demo"):
         (ready / stamp).touch()
     if target != "clean":
         assert "-m venv" in bare

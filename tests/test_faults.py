@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.faults import campaign
-from tests.faults.campaign import Result
+from tests.faults import __main__ as plan
+from tests.faults import campaign, room
+from tests.faults.campaign import Result, Share
 from tests.faults.scene import Scene, scene
 
 
@@ -27,7 +29,7 @@ BOTH_WAYS: list[tuple[Callable[..., Result], int]] = [
 ]  # fmt: skip
 ONE_WAY: list[tuple[Callable[..., Result], int]] = [
     (campaign.short_transfers, 5), (campaign.full_disk, 2), (campaign.inputs_change, 10), (campaign.surroundings, 6),
-    (campaign.bit_rot, 8),
+    (campaign.bit_rot, 8), (room.memory_is_short, 2),
 ]  # fmt: skip
 
 
@@ -75,6 +77,34 @@ def test_the_checker_sees_what_it_forbids(place: Scene) -> None:
             found = campaign.violations(out, place.overwriting, 0 if kind == "I4" else 1)
             os.utime(model, ns=(when, when))
             assert any(problem.startswith(kind) for problem in found)
+
+
+def test_a_limit_of_memory_is_felt(place: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or methods would keep to anything."""
+    monkeypatch.setattr(room, "BESIDE", 0)
+    assert room.memory_is_short(place, 1).problems
+
+
+def test_all_of_the_campaign_is_known() -> None:
+    tasks = list(plan.tasks(0.001))
+    assert {task.number for task in tasks} == {"1", "2", "3", "4", "5", "6", "7", "8", "10", "11", "12", "13", "17"}
+    assert all(task.trials is None or task.trials > 0 for task in tasks)
+
+
+def test_the_table_is_put_into_its_page(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{plan.BEGIN}old\n{plan.END}after\n")
+    parts = [Result("1 a", 2, [], Counter({"old": 2})), Result("1 a", 1, ["bad"], Counter({"new": 1}))]
+    plan.report(page, [parts[0].and_(parts[1])], 3.0)
+    assert "old\n" not in page.read_text()
+    assert "| 1 a | 3 | 1 | 0 | 1 new, 2 old |" in page.read_text()
+    assert page.read_text().startswith("before\n")
+    assert page.read_text().endswith("after\n")
+
+
+def test_shares_make_up_the_whole() -> None:
+    parts = [Share(number, 3).of(range(10)) for number in range(3)]
+    assert sorted(trial for part in parts for trial in part) == list(range(10))
 
 
 def copy_instead_of_links(folder: Path) -> None:

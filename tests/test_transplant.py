@@ -290,6 +290,13 @@ def test_models_that_cannot_be_used(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
 
 
+def test_settings_that_are_none_are_refused(tmp_path: Path) -> None:
+    own, donor = model(tmp_path / "a", WORDS), model(tmp_path / "b", WORDS, seed=9)
+    (own / "generation_config.json").write_text("{")
+    with pytest.raises(smelt.InputRejected, match=r"generation_config.json is not valid JSON"):
+        smelt.transplant_tokenizer(own, donor, tmp_path / "out", method="mean")
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = model(tmp_path / "a", ["<s>", *WORDS])
     donor = model(tmp_path / "b", ["<s>", "new", *WORDS[:9]], seed=9)

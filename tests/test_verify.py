@@ -171,3 +171,8 @@ def test_names_in_a_manifest_are_never_used_as_paths(folder: Path) -> None:
     manifest["files"]["../../etc/passwd"] = "0" * 64
     (folder / MANIFEST).write_text(json.dumps(manifest))
     assert problems(folder) == ["file '../../etc/passwd' is missing"]
+    del manifest["files"]["../../etc/passwd"]
+    for tensor in manifest["tensors"].values():
+        tensor["file"] = "../elsewhere.safetensors"
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    assert problems(folder) == ["there is no file '../elsewhere.safetensors', which the manifest names"]

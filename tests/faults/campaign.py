@@ -13,25 +13,43 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tests.faults.checker import state_of, violations
 from tests.faults.power import crash
 from tests.faults.scene import Scene, make_inputs
 
+T = TypeVar("T")
+
 CODES = ("ENOSPC", "EIO", "EDQUOT", "EROFS", "EMFILE", "EINTR", "ENOMEM")
+
+
+@dataclass(frozen=True)
+class Share:
+    """Part ``number`` of ``count`` of an experiment whose trials are in no order."""
+
+    number: int = 0
+    count: int = 1
+
+    def of(self, trials: Sequence[T]) -> Sequence[T]:
+        return trials[self.number :: self.count]
+
+
+WHOLE = Share()
 
 
 @dataclass
 class Result:
-    """``counts``: how the trials ended, in words."""
+    """``counts``: how the trials ended, in words. ``seconds``: of one process."""
 
     name: str
     trials: int = 0
     problems: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
 
     def judge(self, place: Scene, out: Path, overwrite: bool, code: int | None, what: str) -> str:
         """Check the invariants; the state of the destination."""
@@ -41,6 +59,11 @@ class Result:
         state = state_of(out, expected)
         self.counts[f"destination {state}"] += 1
         return state
+
+    def and_(self, other: Result) -> Result:
+        """Both parts of one experiment."""
+        trials, problems = self.trials + other.trials, self.problems + other.problems
+        return Result(self.name, trials, problems, self.counts + other.counts, self.seconds + other.seconds)
 
     def resume(self, place: Scene, out: Path, overwrite: bool, what: str) -> None:
         """The same run again ends well, gives the same bytes and leaves nothing."""
@@ -99,14 +122,14 @@ def kills_at_points(place: Scene, trials: int, overwrite: bool) -> Result:
     return result
 
 
-def operations_fail(place: Scene, trials: int | None, overwrite: bool) -> Result:
+def operations_fail(place: Scene, trials: int | None, overwrite: bool, share: Share = WHOLE) -> Result:
     """3: operation k of the file system fails, once or from then on, with each error; all, or a sample."""
     result, luck = Result(f"3 an operation fails, {_way(overwrite)}"), random.Random(3)
     total = _count(place, overwrite, interval=10_000)
     every = [(nth, code, once) for nth in range(total) for code in CODES for once in (True, False)]
-    for nth, code, once in every if trials is None else luck.sample(every, min(trials, len(every))):
+    chosen = every if trials is None else luck.sample(every, min(trials, len(every)))
+    for nth, code, once in share.of(chosen):
         _failing(result, place, overwrite, {"nth": nth, "code": code, "once": once}, interval=10_000)
-    result.counts["operations"] = total
     return result
 
 
@@ -200,7 +223,7 @@ def signals(place: Scene, trials: int, overwrite: bool) -> Result:
     return result
 
 
-def signals_at_places(place: Scene, trials: int | None, overwrite: bool) -> Result:
+def signals_at_places(place: Scene, trials: int | None, overwrite: bool, share: Share = WHOLE) -> Result:
     """13: SIGTERM at each place at which it can interrupt what guards the work folder; all, or a sample."""
     result, luck = Result(f"13 SIGTERM at every place, {_way(overwrite)}"), random.Random(14)
     more = ["--overwrite"] if overwrite else []
@@ -208,7 +231,7 @@ def signals_at_places(place: Scene, trials: int | None, overwrite: bool) -> Resu
     with place.trial(overwrite=overwrite) as out:
         assert place.server.run(*place.arguments(out, *more), signal={"nth": -1}, result=str(count)) == 0
     total = int(count.read_text())
-    for nth in range(total) if trials is None else luck.sample(range(total), trials):
+    for nth in share.of(list(range(total)) if trials is None else luck.sample(range(total), trials)):
         with place.trial(overwrite=overwrite) as out:
             code = place.server.run(*place.arguments(out, *more), signal={"nth": nth})
             what = f"place {nth}, exit code {code}"

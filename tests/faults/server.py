@@ -58,6 +58,8 @@ def _run(job: dict[str, Any]) -> int:
     os.environ.update(job.get("environment", {}))
     if job.get("file_limit"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"], job["file_limit"]))
+    if job.get("space"):
+        resource.setrlimit(resource.RLIMIT_AS, (job["space"], job["space"]))
     armed = seam.arm(job)
     code = main(job["arguments"])
     if armed is not None and "result" in job:

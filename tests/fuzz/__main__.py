@@ -20,6 +20,9 @@ from typing import Any
 
 from tests.fuzz.targets import KINDS
 
+#: Names that a mutated file gives to models lead nowhere.
+SURROUNDINGS = {"PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"}
+
 HEAD = "| target | executions | accepted | refused | edges reached | slowest, ms | memory, MiB | problems |"
 
 
@@ -41,7 +44,7 @@ def fuzzed(target: str, how: str, chosen: argparse.Namespace, folder: Path) -> d
         shutil.copytree(kept, folder / "corpus")
     limits = (str(chosen.runs), str(chosen.seconds), str(chosen.seed))
     command = [sys.executable, "-m", f"tests.fuzz.{how}", target, str(folder), *limits]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **SURROUNDINGS})
     report = folder / "report.json"
     told = json.loads(report.read_text()) if report.exists() else _dead(done, folder)
     edges = re.findall(r"cov: (\d+)", done.stderr)

@@ -21,7 +21,6 @@ from safetensors.numpy import save
 
 import smelt
 from smelt.checkpoint.adapter import read_adapter
-from smelt.engine.verification import read_manifest
 from smelt.recipe import parse
 from tests import adapter_attacks, gguf_attacks, pickle_attacks, quantised_attacks
 from tests.attacks import ATTACKS, FILE, INDEX, ONE, PAIR, TWO, good, put
@@ -29,6 +28,7 @@ from tests.fuzz.mutations import HEADER, JSON, YAML, Form
 from tests.fuzz.trial import Target
 from tests.gguf_files import LLAMA
 from tests.pickled import pickled
+from tests.vocabularies import tokenizer
 
 #: The reference's names of what it reads.
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -81,8 +81,24 @@ def index(content: bytes, folder: Path) -> str:
 
 
 def manifest(content: bytes, folder: Path) -> str:
-    read_manifest(put(folder, content, "smelt-manifest.json").parent)
-    return "accepted"
+    """Beside what it is of: only the true one is right."""
+    out = put(_merged(folder), content, "smelt-manifest.json").parent
+    return "accepted" if smelt.verify(out).ok else "refused"
+
+
+def reproduction(content: bytes, folder: Path) -> str:
+    """The recipe and options in it are carried out again."""
+    out = put(_merged(folder), content, "smelt-manifest.json").parent
+    return "accepted" if smelt.reproduce(out, folder, threads=1).ok else "refused"
+
+
+@cache
+def _merged(folder: Path) -> Path:
+    tuned = _folders(folder, "a", "b")
+    for home in tuned:
+        put(home, good("w", "x"))
+    tree = {"merge_method": "linear", "parameters": {"weight": 1}, "models": [{"model": str(home)} for home in tuned]}
+    return smelt.merge(tree, folder / "out", threads=1, force=True).path
 
 
 @cache
@@ -112,8 +128,8 @@ def _indices() -> list[bytes]:
 
 
 def _manifests() -> list[bytes]:
-    told = {"format": 1, "tensors": {"a": {"dtype": "F32", "shape": [2], "sha256": "0"}}, "files": {"b": "1"}}
-    return [json.dumps(told).encode()]
+    with tempfile.TemporaryDirectory() as home:
+        return [(_merged(Path(home)) / "smelt-manifest.json").read_bytes()]
 
 
 # --- recipes and configs --------------------------------------------------------------------------------
@@ -150,6 +166,29 @@ def _model() -> dict[str, Any]:
     parts = ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
     layers = {f"model.layers.{layer}.{part}.weight": np.ones((4, 4), np.float32) for layer in (0, 1) for part in parts}
     return {"model.embed_tokens.weight": np.ones((6, 4), np.float32), **layers, "model.norm.weight": np.ones(4)}
+
+
+def tokens(content: bytes, folder: Path) -> str:
+    """The tokenizer of one of two models whose vocabularies are aligned."""
+    one, other = _folders(folder, "one", "other")
+    for home, rows in ((one, 5), (other, 6)):
+        arrays = {"model.embed_tokens.weight": np.ones((rows, 4), np.float32), "model.norm.weight": np.ones(4)}
+        put(home, save(arrays, {"format": "pt"}))
+        put(home, json.dumps({"model_type": "llama", "vocab_size": rows}).encode(), "config.json")
+    put(one, _tokenizers()[0], "tokenizer.json")
+    put(other, content, "tokenizer.json")
+    tree = {"merge_method": "linear", "parameters": {"weight": 1}, "tokenizer": {"source": "union"},
+            "models": [{"model": str(one)}, {"model": str(other)}]}  # fmt: skip
+    smelt.plan(tree, threads=1, memory="256MiB").close()
+    return "accepted"
+
+
+def _tokenizers() -> list[bytes]:
+    words = ["<unk>", "<s>", "</s>", "a", "b", "c"]
+    pairs = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2, "c": 3, "abc": 4}, "merges": ["a b", ["ab", "c"]]}
+    unigram = {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a", -1.0], ["b", -2.5]]}
+    whole = [tokenizer(words[:5]), tokenizer(words)]
+    return [json.dumps(each).encode() for each in (*whole, *({**whole[1], "model": m} for m in (pairs, unigram)))]
 
 
 def config(content: bytes, folder: Path) -> str:
@@ -197,7 +236,7 @@ def factors(content: bytes, folder: Path) -> str:
     base, tuned = _folders(folder, "base", "adapter")
     put(base, save({"layers.0.q.weight": np.ones((6, 6), np.float32)}, {"format": "pt"}))
     (tuned / "adapter_config.json").write_text(json.dumps(adapter_attacks.CONFIG))
-    alone = b"lora_down" in content  # the layout of files that have no config
+    alone = b"lora_unet" in content or b"unet." in content  # the layout of files that have no config
     path = put(tuned, content, "alone.safetensors" if alone else "adapter_model.safetensors")
     return everything(smelt.load(f"{base}+{path if alone else tuned}"))
 
@@ -214,7 +253,10 @@ def _factors() -> list[bytes]:
     kohya = {"lora_unet_layers_0_q.lora_down.weight": a, "lora_unet_layers_0_q.lora_up.weight": b,
              "lora_unet_layers_0_q.alpha": np.array(2, np.float32)}  # fmt: skip
     bad = [tensors for _, tensors, _, _ in adapter_attacks.BAD]
-    return [save(tensors) for tensors in (*[adapter_attacks.FACTORS] * 10, *[kohya] * 5, *bad)]
+    told = {"lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.lora_alpha": 3})}
+    diffusers = {f"unet.layers.0.q.lora_{part}.weight": array for part, array in (("A", a), ("B", b))}
+    whole = [save(tensors) for tensors in (*[adapter_attacks.FACTORS] * 10, *[kohya] * 5, *bad)]
+    return [*whole, save(diffusers, told), save(kohya, told)]
 
 
 # --- GGUF, quantised checkpoints, pickles ---------------------------------------------------------------
@@ -311,9 +353,11 @@ KINDS = {
     "header": Kind(header, _headers, HEADER),
     "index": Kind(index, _indices, JSON),
     "manifest": Kind(manifest, _manifests, JSON),
+    "reproduction": Kind(reproduction, _manifests, JSON),
     "recipe": Kind(recipe, lambda: RECIPES, YAML),
     "plan": Kind(plan, lambda: RECIPES, YAML),
     "config": Kind(config, _configs, JSON),
+    "tokens": Kind(tokens, _tokenizers, JSON),
     "adapter": Kind(adapter, lambda: [json.dumps(each).encode() for each in ADAPTERS], JSON),
     "factors": Kind(factors, _factors, HEADER),
     "gguf": Kind(gguf, _ggufs),

@@ -57,6 +57,7 @@ def reproduce(
     content = read_manifest(folder)
     if content.get("method") not in methods():
         raise InputRejected(f"{show(folder)} was made by {show(content.get('method'))}, which is no merge")
+    _check(content, show(folder / NAME))
     recipes = parse(content["recipe"], str(folder / NAME))
     places = dict(_places(recipes, content, models))
     home = folder.absolute().parent / f"{folder.name}{SUFFIX}-{secrets.token_hex(4)}"
@@ -67,6 +68,33 @@ def reproduce(
         return _compared(folder, content, read_manifest(again.path))
     finally:
         storage.remove_tree(home)
+
+
+#: Of what type the options in a manifest are.
+_OPTIONS = {"on_extra": str, "on_nonfinite": str, "raw": bool, "card": bool, "shard_size": int,
+            "truncate_embeddings": bool}  # fmt: skip
+
+
+def _check(content: Mapping[str, Any], where: str) -> None:
+    """Refuse what no run has written, before any of it is relied on."""
+    options, versions, inputs = content.get("options", {}), content.get("versions", {}), content.get("inputs")
+    wrong = [key for key, kind in {"recipe": str, "seed": int}.items() if type(content.get(key)) is not kind]
+    if not isinstance(options, Mapping) or any(_OPTIONS.get(key) is not type(options[key]) for key in options):
+        wrong.append("options")
+    if not isinstance(versions, Mapping):
+        wrong.append("versions")
+    if not isinstance(inputs, list) or not all(map(_is_input, inputs)):
+        wrong.append("inputs")
+    InputRejected.gather(f"{where}: {key} is not what a merge has written" for key in wrong)
+
+
+def _is_input(item: Any) -> bool:
+    return (
+        isinstance(item, Mapping)
+        and isinstance(item.get("model"), str)
+        and isinstance(item.get("revision"), str | None)
+        and "digest" in item
+    )
 
 
 def _places(

@@ -65,6 +65,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise ValueError(f"format {content['format']!r}, expected {FORMAT}")
         if not all({"dtype", "shape", "sha256"} <= tensor.keys() for tensor in content["tensors"].values()):
             raise ValueError("a tensor lacks its dtype, shape or sha256")
+        if not all(isinstance(tensor.get("file", ""), str) for tensor in content["tensors"].values()):
+            raise ValueError("the file of a tensor is no text")
         if not isinstance(content["files"], Mapping) or not isinstance(content.get("state", {}), Mapping):
             raise ValueError("files or state is no object")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -101,7 +103,9 @@ def _verify_tensors(folder: Path, wanted: Mapping[str, Any], found: Verification
 def _changed_headers(folder: Path, tensors: Mapping[str, Any]) -> Iterator[str]:
     """Weight files whose header reads well, but is not that which smelt writes for these tensors."""
     files = {str(tensor.get("file")) for tensor in tensors.values()}
-    for file in sorted(name for name in files if name.endswith(".safetensors")):
+    there = set(storage.files_below(folder))
+    yield from (f"there is no file {show(file)}, which the manifest names" for file in sorted(files - there))
+    for file in sorted(name for name in files & there if name.endswith(".safetensors")):
         wanted = plan_file(file, list(_named_in(file, tensors))).header
         if storage.read_start(folder / file, len(wanted)) != wanted:
             yield f"the header of {show(file)} differs from what smelt has written"

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ..checkpoint.documents import parse_json
 from ..engine.inputs import Input
 from ..engine.side_files import side_files
 
@@ -31,8 +32,8 @@ def documents(model: Input, donor: Input, rows: int) -> tuple[dict[str, bytes], 
         config = dict(_nested(model.checkpoint.config, said, rows, changes))
         files["config.json"] = _dumped(config)
     if "generation_config.json" in ours:
-        generation = json.loads(ours["generation_config.json"])
-        there = {**said, **json.loads(theirs.get("generation_config.json", b"{}"))}
+        generation = parse_json(ours["generation_config.json"], "generation_config.json")
+        there = {**said, **parse_json(theirs.get("generation_config.json", b"{}"), "generation_config.json")}
         files["generation_config.json"] = _dumped({**generation, **_ids(generation, there)})
     return files, changes
 

@@ -7,16 +7,15 @@ product is added as it is. LyCORIS' Hadamard and Kronecker factors are taken as 
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import Any
 
 from ...errors import InputRejected, show
 from ..base import Checkpoint, TensorInfo
+from ..documents import brief, parse_json
 from .config import Config
 from .reading import Adapter, understood
 
@@ -93,15 +92,19 @@ def _from_metadata(file: Checkpoint, modules: Collection[str]) -> dict[str, floa
     text = file.metadata.get("lora_adapter_metadata")
     if text is None:
         return {}
-    try:
-        said: dict[str, Any] = json.loads(text)
-        alphas = {key.removesuffix(".lora_alpha"): float(said[key]) for key in said if key.endswith(".lora_alpha")}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InputRejected(f"{file.label}: its lora_adapter_metadata is not understood: {show(error)}") from error
+    said = parse_json(text.encode(), f"{file.label}: its lora_adapter_metadata")
+    alphas = {key.removesuffix(".lora_alpha"): said[key] for key in said if key.endswith(".lora_alpha")}
+    for part, alpha in alphas.items():
+        if type(alpha) not in (int, float) or not 0 < abs(alpha) < 1e300:
+            raise InputRejected(
+                f"{file.label}: alpha of {show(part)} in its metadata is {brief(alpha)}, expected a number"
+            )
     odd = [key for key in said if key.endswith(("_pattern", "use_dora", "use_rslora", "lora_bias")) and said[key]]
     if odd:
         raise InputRejected(f"{file.label}: {show(odd[0])} in its metadata is not merged by this version")
-    return {module: alpha for part, alpha in alphas.items() for module in modules if module.startswith(part + ".")}
+    return {
+        module: float(alpha) for part, alpha in alphas.items() for module in modules if module.startswith(part + ".")
+    }
 
 
 class FlatNames:
