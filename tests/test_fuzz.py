@@ -28,6 +28,10 @@ FOUND = [
     ("manifest", b'{"format":1,"tensors":{"w":{"dtype":"","shape":[],"sha256":"","file":[]}},"files":{}}'),
     ("reproduction", b'{"format":1,"method":"linear","tensors":{},"files":{}}'),
     ("reproduction", b'{"format":1,"method":"linear","tensors":{},"files":{},"recipe":"","seed":0,"inputs":[{}]}'),
+    (
+        "reproduction",
+        b'{"format":1,"method":"linear","tensors":{},"files":{},"recipe":"","seed":0,"inputs":[{"model":"a","digest":0}]}',
+    ),
     ("factors", with_metadata("[" * 100_000)),
     ("factors", with_metadata('{"unet.lora_alpha":1%s}' % ("0" * 400))),
     ("factors", with_metadata('{"unet.lora_alpha":NaN}')),

@@ -89,12 +89,9 @@ def _check(content: Mapping[str, Any], where: str) -> None:
 
 
 def _is_input(item: Any) -> bool:
-    return (
-        isinstance(item, Mapping)
-        and isinstance(item.get("model"), str)
-        and isinstance(item.get("revision"), str | None)
-        and "digest" in item
-    )
+    if not isinstance(item, Mapping) or not item.keys() >= {"model", "revision", "digest"}:
+        return False
+    return isinstance(item["model"], str) and isinstance(item["revision"], str | None)
 
 
 def _places(
