@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import smelt
 from tests.faults import __main__ as plan
 from tests.faults import campaign, room
 from tests.faults.campaign import Result, Share
@@ -79,10 +80,11 @@ def test_the_checker_sees_what_it_forbids(place: Scene) -> None:
             assert any(problem.startswith(kind) for problem in found)
 
 
-def test_a_limit_of_memory_is_felt(place: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or methods would keep to anything."""
-    monkeypatch.setattr(room, "BESIDE", 0)
-    assert room.memory_is_short(place, 1).problems
+def test_a_limit_of_memory_is_felt(place: Scene) -> None:
+    """Or methods would keep to anything: one that holds whole matrices, with more budget than there is memory."""
+    method = smelt.methods.get("opcm")
+    path = room.Models(place.folder / "felt", 1).recipe(method, "paper")
+    assert room._run(place, path, 4096, 768)[0] == 1
 
 
 def test_all_of_the_campaign_is_known() -> None:

@@ -8,10 +8,14 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import sys
 from typing import Any
 
 from tests.faults import seam
+
+#: A run of so many seconds is ended, which is no way in which one may end.
+HANG = 300
 
 
 def serve() -> None:
@@ -44,6 +48,7 @@ def _run(job: dict[str, Any]) -> int:
     from smelt.cli import main
     from smelt.engine import journal
 
+    signal.alarm(HANG)
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     for stream in (1, 2):
         os.dup2(log, stream)
