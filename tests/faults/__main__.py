@@ -66,7 +66,7 @@ def tasks(part: float) -> Iterator[Task]:
     yield from (Task("8", campaign.power_fails, some(1000), way) for way in both)
     yield from (Task("1", campaign.kills_at_random, some(500), way, on_disk=True) for way in both)
     yield from (Task("2", campaign.kills_at_points, some(20), way) for way in both)
-    yield from (Task("13", campaign.signals, some(1000), way, on_disk=True) for way in both)
+    yield from (Task("13", campaign.signals, some(500), way, on_disk=True) for way in both)
     yield Task("5", campaign.short_transfers, some(1000))
     yield from (Task("12", campaign.rivals, some(100), way, on_disk=True) for way in both)
     yield Task("10", campaign.inputs_change, some(200))
