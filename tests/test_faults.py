@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 import smelt
-from tests.faults import __main__ as plan
-from tests.faults import campaign, room
+from tests.faults import campaign, plan, room
 from tests.faults.campaign import Result, Share
 from tests.faults.scene import Scene, scene
 
