@@ -102,7 +102,8 @@ def played(chosen: Iterable[Task], jobs: int) -> list[Result]:
                 found[name] = found[name].and_(result) if name in found else result
             if not left[name] and name in found:
                 print(row(found[name]), flush=True)
-                print(*found[name].problems[:20], sep="\n", file=sys.stderr)
+                for problem in found[name].problems[:20]:
+                    print(problem, file=sys.stderr)
     return [found[name] for name in sorted(found, key=lambda name: (int(name[0]), *map(str, name)))]
 
 
