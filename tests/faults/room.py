@@ -122,7 +122,7 @@ def _run(place: Scene, path: Path, budget: int, limit: int | None) -> tuple[int,
     log = place.folder / "log"
     with place.trial() as out:
         arguments = ("merge", path, out, "--threads", 2, f"--memory={budget}MiB", "--force")
-        code = place.server.run(*arguments, log=log, **({"space": limit << 20} if limit else {}))
+        code = place.server.run(*arguments, log=log, patience=1800, **({"space": limit << 20} if limit else {}))
         return code, log.read_text()
 
 

@@ -48,7 +48,7 @@ def _run(job: dict[str, Any]) -> int:
     from smelt.cli import main
     from smelt.engine import journal
 
-    signal.alarm(HANG)
+    signal.alarm(job.get("patience", HANG))
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     for stream in (1, 2):
         os.dup2(log, stream)
