@@ -83,19 +83,16 @@ def _told(action: str, path: object) -> Iterator[None]:
 
 def exists(path: Path) -> bool:
     """Whether the name is taken, be it by a dangling symbolic link."""
-    with _told("look at", path):
-        return os.path.lexists(path)
+    return os.path.lexists(path)
 
 
 def is_folder(path: Path) -> bool:
-    with _told("look at", path):
-        return os.path.isdir(path)
+    return os.path.isdir(path)
 
 
 def leads_somewhere(path: Path) -> bool:
     """Whether something is there once symbolic links are followed."""
-    with _told("look at", path):
-        return os.path.exists(path)
+    return os.path.exists(path)
 
 
 def identity(path: Path, descriptor: int | None = None) -> FileIdentity:
@@ -116,7 +113,7 @@ def open_read(path: Path) -> int:
 
 
 def _open_without_waiting(path: Path) -> int:
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+    flags = os.O_RDONLY | os.O_NONBLOCK
     try:
         return os.open(path, flags)
     except OSError as error:
@@ -210,7 +207,7 @@ def create(path: Path, size: int = 0) -> int:
     Its mode is 0666 masked by the umask. Nothing is left behind when the space cannot be had.
     """
     with _told("create", path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         _allocate(descriptor, size, path)
     except BaseException:
@@ -225,7 +222,7 @@ def reopen(path: Path, size: int) -> int:
     """A file that an earlier run left, brought to ``size`` allocated bytes; as :func:`create` where it is gone."""
     with _told("open", path):
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
         except FileNotFoundError:
             return create(path, size)
     try:
@@ -285,7 +282,7 @@ def fsync(descriptor: int, path: object = "file") -> None:
 def fsync_directory(path: Path) -> None:
     """Wait until the names in a folder are on the disk."""
     with _told("open", path):
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fsync(descriptor, path)
     finally:
@@ -377,7 +374,7 @@ def unlock_folder(folder: Path, descriptor: int) -> None:
 def is_locked(folder: Path) -> bool:
     """Whether a process has the lock of a folder."""
     with _told("open", folder / LOCK), contextlib.suppress(FileNotFoundError):
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW)
         try:
             return not _try_lock(descriptor)
         finally:
@@ -391,7 +388,7 @@ def _open_lock(folder: Path) -> int | None:
         try:
             if os.lstat(folder).st_uid != os.geteuid():
                 raise PermissionError(errno.EPERM, "it belongs to another user")
-            return os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            return os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:
             return None
         except OSError:

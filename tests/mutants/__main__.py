@@ -8,14 +8,13 @@ for the ones that ``equivalent.txt`` says to mean the same. Ends with 1 where fe
 from __future__ import annotations
 
 import argparse
-import ast
 import random
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.mutants.groups import GENERATING, GROUPS
+from tests.mutants.groups import GENERATING, GROUPS, SECONDS
 from tests.mutants.operators import Mutant, mutants
 from tests.mutants.trials import PACKAGE, ROOT, Trials
 
@@ -47,14 +46,14 @@ def survivors(group: str, chosen: Sequence[Mutant]) -> list[Mutant]:
     """Those of the chosen mutants that no test notices."""
     found: list[Mutant] = []
     with tempfile.TemporaryDirectory(prefix="smelt-mutants-") as home:
-        trials = Trials(Path(home))
-        for module in sorted({mutant.module for mutant in chosen}):
-            tests = [f"tests/{name}" for name in GROUPS[group][module]]
-            seconds = trials.compare(module, ast.unparse(ast.parse(_source(module))), tests)
-            for mutant in (mutant for mutant in chosen if mutant.module == module):
-                if trials.survives(module, mutant.text(), tests, 30 + 10 * seconds):
-                    found.append(mutant)
-                    print(f"line {mutant.line} of {mutant}", flush=True)
+        trials = Trials(Path(home), GROUPS[group])
+        for tests in dict.fromkeys(GROUPS[group][mutant.module] for mutant in chosen):
+            trials.prepare([f"tests/{name}" for name in tests])
+        for mutant in chosen:
+            tests = [f"tests/{name}" for name in GROUPS[group][mutant.module]]
+            if trials.survives(mutant.module, mutant.text(), tests, SECONDS[group]):
+                found.append(mutant)
+                print(f"line {mutant.line} of {mutant}", flush=True)
     return found
 
 

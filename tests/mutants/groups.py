@@ -23,7 +23,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
         "engine/residue.py": ("test_resume.py",),
     },
     "storage": {
-        "storage.py": ("test_storage.py", "test_publish.py"),
+        "storage.py": ("test_storage.py", "test_publish.py", "test_resume.py"),
     },
     "kernels": {
         "kernels/arrays.py": _KERNELS,
@@ -51,3 +51,6 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
 
 #: Modules that put code together as text.
 GENERATING = {"kernels/generate.py"}
+
+#: A mutant whose tests take longer counts as killed. Those of kernels may have all of them compiled anew.
+SECONDS = {"reader": 40, "writer": 40, "storage": 40, "kernels": 240}
