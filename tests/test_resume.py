@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 import smelt
 from smelt import storage
+from smelt.checkpoint.memory import MemoryCheckpoint
 from smelt.cli import main
 from smelt.engine import journal, leftovers, remove_leftovers
-from smelt.engine.publish import claim
-from smelt.errors import OperationFailed, UsageError
+from smelt.engine.operands import CheckpointOperand, Ledger
+from smelt.engine.publish import claim, staging
+from smelt.engine.tiles import TILE
+from smelt.errors import InputRejected, OperationFailed, UsageError
 from tests.faults.checker import files_of
 from tests.gguf_files import complete
 from tests.recipes import Family, recipe
@@ -188,6 +194,62 @@ def test_stages_are_continued_too(tree: Any, family: Family, tmp_path: Path) -> 
     assert sorted(os.listdir(tmp_path)) == ["out", "whole"]
 
 
+def test_no_descriptor_stays_open(tree: Any, tmp_path: Path) -> None:
+    smelt.merge(tree, tmp_path / "warm")  # compiles, and starts what stays
+    before = len(os.listdir("/proc/self/fd"))
+    stopped(tree, tmp_path / "out")
+    leftovers([tmp_path])
+    smelt.merge(tree, tmp_path / "out")
+    smelt.merge(tree, tmp_path / "out", overwrite=True)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_what_was_read_is_known_when_it_was_read_whole() -> None:
+    ledger = Ledger()
+    arrays = {"read": np.zeros(3, np.float32), "left alone": np.zeros(3, np.float32), "long": np.zeros(TILE + 1, "f4")}
+    read, untouched, long = (CheckpointOperand(MemoryCheckpoint(arrays, "a"), name, ledger) for name in arrays)
+    output: Any = SimpleNamespace(
+        piece=SimpleNamespace(
+            sources=[SimpleNamespace(operand=lambda _, each=each: each) for each in (untouched, read)]
+        ),
+        statistics=(),
+    )
+    read.read(0, np.empty(3, np.float32))
+    assert journal.reads_of(ledger, output) == [("a", "read", ledger.digest("a", "read", 3))]
+    output.statistics = (long,)
+    assert journal.reads_of(ledger, output) is not None
+    long.read(0, np.empty(TILE, np.float32))
+    assert journal.reads_of(ledger, output) is None, "the last element is missing"
+
+
+def test_a_line_is_written_when_its_data_is_on_the_disk(tmp_path: Path) -> None:
+    events: list[str] = []
+    with journal.Journal(tmp_path / "journal", lambda name: None if name == "unknown" else [("a", name, "d")]) as lines:
+        for name in ("x", "unknown", "y"):
+            lines.add(name, "0" * 64, journal.INTERVAL // 3)
+        assert not lines.is_due
+        lines.add("z", "1" * 64, journal.INTERVAL // 3 + 3)
+        assert lines.is_due
+        lines.commit(lambda: events.append(f"synced, {(tmp_path / 'journal').stat().st_size}"))
+        assert not lines.is_due
+        lines.paused = True
+        lines.add("late", "2" * 64, 1)
+        lines.commit(lambda: events.append("synced"))
+    assert events == ["synced, 0", "synced"]
+    content = (tmp_path / "journal").read_bytes()
+    (tmp_path / "journal").write_bytes(content[:-1] + b"x")  # the last line is torn
+    with journal.Journal(tmp_path / "journal", lambda name: []) as lines:
+        assert lines.finished == {"x": "0" * 64, "y": "0" * 64}
+        assert lines.reads == {name: [["a", name, "d"]] for name in "xy"}
+        lines.add("z", "1" * 64, 1)
+        lines.commit(lambda: None)
+    found, length = journal.recorded(tmp_path / "journal")
+    assert [entry["tensor"] for entry in found] == ["x", "y", "z"]
+    assert length == (tmp_path / "journal").stat().st_size
+    (tmp_path / "folder").mkdir()
+    assert journal.recorded(tmp_path / "folder") == journal.recorded(tmp_path / "nowhere") == ([], 0)
+
+
 # --- one process at a time ------------------------------------------------------------------------------
 
 
@@ -211,6 +273,52 @@ def test_a_work_folder_of_somebody_else_is_refused(tree: Any, tmp_path: Path, mo
         smelt.merge(tree, tmp_path / "out")
 
 
+@pytest.mark.parametrize("note", [b"", b"{", b"[]", b"{}", b'{"pid": 1}', b"x" * 5000])
+def test_an_owner_that_left_no_name_is_told_without_it(note: bytes, tmp_path: Path) -> None:
+    with claim(tmp_path / "out") as work:
+        (work / storage.LOCK).write_bytes(note)
+        with pytest.raises(InputRejected, match="by another process: wait"), claim(tmp_path / "out"):
+            pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_removed_in_the_end_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise OperationFailed("no")
+
+    told: list[str] = []
+    with staging(tmp_path / "out", warn=told.append) as folder:
+        (folder / "file").write_bytes(b"new")
+        monkeypatch.setattr(storage, "remove_tree", refuse)
+    assert told == ["no; smelt clean names what was left"]
+    assert files_of(tmp_path / "out") == {"file": b"new"}
+    assert [left.path.name for left in leftovers([tmp_path])] == ["out.smelt-work"]
+    with pytest.raises(KeyError), staging(tmp_path / "other"):
+        raise KeyError  # and not what removing says
+
+
+def test_attempts_of_one_name_go_on_where_they_were(tmp_path: Path) -> None:
+    """What is left: of a failed run where it is to be kept, and of none whose sync failed."""
+
+    def attempt(error: Exception, keep: bool) -> dict[str, bytes]:
+        with claim(tmp_path / "out") as work:
+            with (
+                contextlib.suppress(type(error)),
+                staging(tmp_path / "out", work=work, name="attempt", keep=keep) as folder,
+            ):
+                found = files_of(folder)
+                (folder / "file").write_bytes(b"kept")
+                raise error
+            assert (work / "attempt").exists() == (keep and not isinstance(error, storage.SyncFailed))
+        return found
+
+    assert attempt(KeyError(), True) == {}
+    assert attempt(KeyError(), False) == {"file": b"kept"}
+    assert not list(tmp_path.iterdir())
+    attempt(storage.SyncFailed("no"), True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_links_in_a_work_folder_are_not_followed(tree: Any, tmp_path: Path) -> None:
     stopped(tree, tmp_path / "out")
     (weights,) = tmp_path.rglob("model.safetensors")
@@ -223,6 +331,32 @@ def test_links_in_a_work_folder_are_not_followed(tree: Any, tmp_path: Path) -> N
 
 
 # --- smelt clean ----------------------------------------------------------------------------------------
+
+
+def test_what_is_left_is_described(tmp_path: Path) -> None:
+    work = tmp_path / "out.smelt-work"
+    for attempt, names in (("one", "ab"), ("two", "abc")):
+        (work / attempt / "new").mkdir(parents=True)
+        (work / attempt / "new" / "weights").write_bytes(bytes(10_000))
+        with journal.Journal(work / attempt / "journal", lambda name: []) as lines:
+            for name in names:
+                lines.add(name, "0" * 64, 1)
+            lines.commit(lambda: None)
+    (work / storage.LOCK).write_bytes(b"")
+    for age, path in enumerate((work / "one" / "journal", work / "one", work / "two" / "journal", work / "two", work)):
+        os.utime(path, (1000 - age, 1000 - age))
+    for place in (tmp_path, tmp_path / "out", work, tmp_path / "out.smelt-work" / "..", str(tmp_path / "out")):
+        (left,) = leftovers([place])
+        assert (left.path.name, left.out.name) == ("out.smelt-work", "out")
+        assert (left.tensors, left.modified, left.running) == (3, 1000, False)
+        assert left.nbytes == storage.allocated(work)
+    assert left.as_dict() == {
+        "path": str(work), "out": str(tmp_path / "out"), "bytes": left.nbytes, "modified": 1000, "tensors": 3,
+        "running": False,
+    }  # fmt: skip
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "inner.smelt-work").mkdir()
+    assert len(leftovers([tmp_path / "out"])) == 2, "what lies in the folder, and what was to become it"
 
 
 def test_clean_lists_and_removes_what_is_named(tree: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -105,6 +106,21 @@ def test_a_file_that_ends_early_is_told_with_the_place(tmp_path: Path) -> None:
     with pytest.raises(smelt.OperationFailed, match=r"/file' ends early: no byte at offset 10, 3 more were expected"):
         storage.pread_into(descriptor, memoryview(bytearray(8)), 5, tmp_path / "file")
     storage.close(descriptor)
+
+
+@pytest.mark.parametrize("kind", ["socket", "pipe", "folder", "device"])
+def test_only_regular_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.chdir(tmp_path)  # the name of a socket may not be long
+    if kind == "socket":
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind("it")
+    elif kind != "device":
+        os.mkfifo("it") if kind == "pipe" else os.mkdir("it")
+    before = os.listdir("/proc/self/fd")
+    for _ in range(2):
+        with pytest.raises(smelt.InputRejected, match="is not a regular file"):
+            storage.read_small(Path("/dev/null" if kind == "device" else "it"), 10)
+    assert os.listdir("/proc/self/fd") == before
 
 
 @pytest.mark.parametrize("size", [0, 1, 9, 10, 25, 30])
@@ -382,9 +398,11 @@ def test_a_lock_that_cannot_be_made_leaves_no_folder(tmp_path: Path, monkeypatch
 def test_signals_wait_until_the_block_is_done() -> None:
     came: list[str] = []
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [
-        signal.signal(number, lambda number, frame: came.append(signal.Signals(number).name)) for number in numbers
-    ]
+
+    def handler(number: int, frame: object) -> None:
+        came.append(signal.Signals(number).name)
+
+    before = [signal.signal(number, handler) for number in numbers]
     try:
         for number in numbers:
             with storage.uninterrupted():
@@ -393,8 +411,8 @@ def test_signals_wait_until_the_block_is_done() -> None:
                 came.append("done")
             signal.raise_signal(number)
     finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
+        for number, old in zip(numbers, before, strict=True):
+            signal.signal(number, old)
     assert came == [word for number in numbers for word in ("done", number.name, number.name)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
 import resource
 import shutil
@@ -102,8 +103,6 @@ def _bound() -> None:
 
 def _end(run: subprocess.Popen[bytes]) -> None:
     """End a run and what it has started."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(run.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     run.wait()
