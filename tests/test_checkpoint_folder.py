@@ -14,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import smelt
-from smelt.checkpoint import FileIdentity, TensorInfo
+from smelt.checkpoint import FileIdentity, TensorInfo, folder, selection
+from smelt.checkpoint.place import LocalPlace, split
+from smelt.checkpoint.side import SideFiles
 
 from .attacks import FILE, INDEX, ONE, TWO, entry, good, holding, indexed, packed, put
 from .test_safetensors_reader import values
@@ -77,6 +79,8 @@ def test_one_shard_of_many_is_said(tmp_path: Path) -> None:
     with smelt.load(holding(SHARDS)(tmp_path) / ONE) as checkpoint:
         assert list(checkpoint) == ["a"]
         assert checkpoint.notices == [f"'{ONE}' is one of 2 shards: the tensors of the others are not read"]
+    with smelt.load(put(tmp_path, good("a"), numbered(1, 1))) as checkpoint:
+        assert checkpoint.notices == []
 
 
 def test_more_shards_than_the_soft_limit_of_open_files(tmp_path: Path) -> None:
@@ -110,17 +114,113 @@ def test_a_flood_of_problems_is_cut(tmp_path: Path) -> None:
     assert len(caught.value.problems) == 21
 
 
+@pytest.mark.parametrize(("missing", "lines"), [(20, 20), (21, 21), (22, 21)])
+def test_what_is_cut_is_counted(tmp_path: Path, missing: int, lines: int) -> None:
+    listed = {"a": FILE} | {f"tensor{number}": FILE for number in range(missing)}
+    with pytest.raises(smelt.InputRejected) as caught:
+        smelt.load(indexed(listed, {FILE: good("a")})(tmp_path))
+    assert len(caught.value.problems) == lines
+    assert str(caught.value).endswith(f"and {missing - 20} more problems of this kind") == (missing > 20)
+
+
+def test_the_tensors_of_all_files_together_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    holding({ONE: good("a", "b"), TWO: good("c")})(tmp_path)
+    monkeypatch.setattr(folder, "MAX_TENSORS", 3)
+    assert len(smelt.load(tmp_path)) == 3
+    monkeypatch.setattr(folder, "MAX_TENSORS", 2)
+    with pytest.raises(smelt.InputRejected, match="holds more than 2 tensors"):
+        smelt.load(tmp_path)
+
+
+def test_the_number_of_shards_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "MAX_SHARDS", 2)
+    assert len(smelt.load(holding(SHARDS)(tmp_path))) == 2
+    assert len(smelt.load(indexed(BOTH, SHARDS)(tmp_path))) == 2
+    put(tmp_path, json.dumps({"weight_map": {**BOTH, "c": FILE}}).encode(), INDEX)
+    with pytest.raises(smelt.InputRejected, match="names 3 files, at most 2 are accepted"):
+        smelt.load(tmp_path)
+    (tmp_path / "three").mkdir()
+    for total in (3, 0):
+        put(tmp_path / "three", good("a"), numbered(1, total))
+        with pytest.raises(smelt.InputRejected, match=r"0000\d.safetensors' counts shards beyond 2"):
+            smelt.load(tmp_path / "three")
+        (tmp_path / "three" / numbered(1, total)).unlink()
+
+
+@pytest.mark.parametrize(("length", "accepted"), [(255, True), (256, False)])
+def test_the_names_of_shards_are_bounded(tmp_path: Path, length: int, accepted: bool) -> None:
+    name = "n" * (length - len(".safetensors")) + ".safetensors"
+    indexed({"a": name}, {})(tmp_path)
+    if accepted:
+        put(tmp_path, good("a"), name)
+        assert list(smelt.load(tmp_path)) == ["a"]
+    else:
+        with pytest.raises(smelt.InputRejected, match="expected the plain name of a file in the same folder"):
+            smelt.load(tmp_path)
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    for total, told in (
+        (5, r"4 of its .* missing \(([^,]*, ){3}[^,]*-00005-of-00005.safetensors'\): download"),
+        (6, r"5 of its .* missing \(([^,]*, ){3}[^,]*-00005-of-00006.safetensors' and 1 more\): "),
+    ):
+        put(tmp_path, good("a"), numbered(1, total))
+        with pytest.raises(smelt.InputRejected, match=told):
+            smelt.load(tmp_path)
+        (tmp_path / numbered(1, total)).unlink()
+    put(tmp_path, good("a"), numbered(1, 2))
+    put(tmp_path, b"", numbered(2, 2) + ".incomplete")
+    with pytest.raises(smelt.InputRejected, match="a download is unfinished: download the model again"):
+        smelt.load(tmp_path)
+
+
+def test_side_files_are_those_beside_the_weights(tmp_path: Path) -> None:
+    holding({FILE: good("a"), "config.json": b"{}", "notes": b"text"})(tmp_path)
+    with smelt.load(tmp_path) as checkpoint:
+        side = checkpoint.side_files
+        assert list(side) == ["config.json", FILE, "notes"]
+        assert (len(side), side["notes"], "notes" in side, "else" in side) == (3, b"text", True, False)
+        with pytest.raises(KeyError):
+            side["else"]
+        (tmp_path / "notes").unlink()
+        with pytest.raises(KeyError):
+            side["notes"]
+        checkpoint.strip()
+        assert (dict(checkpoint.side_files), checkpoint.config, checkpoint.folder) == ({}, {}, None)
+    (tmp_path / "inner").mkdir()
+    put(tmp_path / "inner", b"below", "notes")
+    assert SideFiles(LocalPlace(tmp_path), ["inner/notes"])["inner/notes"] == b"below"
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("hf://owner/base+hf://owner/adapter", ("hf://owner/base", "hf://owner/adapter")),
+        ("hf://owner/base+adapter", ("hf://owner/base", "adapter")),
+        ("hf://owner/b+c+adapter", ("hf://owner/b+c+adapter", "")),
+        ("base+s3://bucket/adapter", ("base", "s3://bucket/adapter")),
+        ("s3://bucket/a+b", ("s3://bucket/a+b", "")),
+        ("base+adapter", ("base+adapter", "")),
+        ("+s3://bucket/adapter", ("+s3://bucket/adapter", "")),
+        ("hf://owner/base+", ("hf://owner/base+", "")),
+        ("hf://owner/base", ("hf://owner/base", "")),
+    ],
+)
+def test_a_base_and_its_adapter_are_told_from_a_plus_in_a_url(text: str, parts: tuple[str, str]) -> None:
+    assert split(text) == parts
+
+
 @given(
     st.one_of(values, st.builds(lambda value: {"weight_map": value}, values)), st.sampled_from([INDEX, "config.json"])
 )
 def test_any_json_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, value: object, name: str) -> None:
-    folder = tmp_path_factory.mktemp("json")
-    holding({FILE: good("a"), name: json.dumps(value).encode()})(folder)
+    home = tmp_path_factory.mktemp("json")
+    holding({FILE: good("a"), name: json.dumps(value).encode()})(home)
     if name == "config.json" and isinstance(value, dict):
-        assert smelt.load(folder).config.keys() == value.keys()
+        assert smelt.load(home).config.keys() == value.keys()
         return
     with pytest.raises(smelt.InputRejected, match=re.escape(name)) as caught:
-        smelt.load(folder)
+        smelt.load(home)
     assert str(caught.value).isprintable()
 
 
@@ -280,15 +380,19 @@ def test_a_split_model_equals_the_whole(
     tmp_path_factory: pytest.TempPathFactory, names: list[str], total: int, data: st.DataObject
 ) -> None:
     """However tensors are spread over shards, with an index or without, they read the same."""
-    folder = tmp_path_factory.mktemp("split")
+    home = tmp_path_factory.mktemp("split")
     homes = {name: data.draw(st.integers(1, total)) for name in names}
     arrays = {name: np.frombuffer(name.encode() * 8, np.float32) for name in names}
     for number in range(1, total + 1):
         mine = sorted(name for name in names if homes[name] == number)
         header = {name: entry(begin=8 * i, end=8 * i + 8) for i, name in enumerate(mine)}
-        put(folder, packed(header, b"".join(arrays[name].tobytes() for name in mine)), numbered(number, total))
+        put(home, packed(header, b"".join(arrays[name].tobytes() for name in mine)), numbered(number, total))
     if data.draw(st.booleans()):
-        put(folder, json.dumps({"weight_map": {n: numbered(home, total) for n, home in homes.items()}}).encode(), INDEX)
-    with smelt.load(folder) as checkpoint:
+        put(
+            home,
+            json.dumps({"weight_map": {name: numbered(homes[name], total) for name in homes}}).encode(),
+            INDEX,
+        )
+    with smelt.load(home) as checkpoint:
         assert list(checkpoint) == sorted(names)
         assert all(np.array_equal(checkpoint[name], arrays[name]) for name in names)

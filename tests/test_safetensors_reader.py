@@ -18,6 +18,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import smelt
+from smelt.checkpoint import safetensors as reader
 from smelt.checkpoint.safetensors import SafetensorsFile, parse_header
 from smelt.kernels.dtypes import DTYPES
 
@@ -155,6 +156,81 @@ def test_metadata_is_kept() -> None:
     assert parse_header(raw, 8, "f").metadata == {"format": "pt", "a": "line\nbreak"}
 
 
+# --- the bounds of a header, each met and passed by one -------------------------------------------------
+
+
+def refused(content: bytes, folder: Path) -> str:
+    with pytest.raises(smelt.InputRejected) as caught:
+        smelt.load(put(folder, content))
+    return str(caught.value)
+
+
+def test_the_length_of_a_header_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = packed({"w": entry()}, bytes(8))
+    length = len(content) - 16
+    monkeypatch.setattr(reader, "MAX_HEADER", length)
+    assert list(smelt.load(put(tmp_path, content))) == ["w"]
+    monkeypatch.setattr(reader, "MAX_HEADER", length - 1)
+    assert f"a header of {length} bytes, at most {length - 1} are accepted" in refused(content, tmp_path)
+    assert f"a header of {length} bytes, {length - 1} are there" in refused(content[: 7 + length], tmp_path)
+
+
+@pytest.mark.parametrize("spelling", ["data_offsets", "data\\u005foffsets"])
+def test_the_number_of_tensors_is_bounded(spelling: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = {str(number): entry("F32", (0,), 0, 0) for number in range(4)}
+    raw = json.dumps({"__metadata__": {}, **entries}).replace("data_offsets", spelling).encode()
+    monkeypatch.setattr(reader, "MAX_TENSORS", 4)
+    assert len(parse_header(raw, 0, "f").tensors) == 4
+    monkeypatch.setattr(reader, "MAX_TENSORS", 3)
+    with pytest.raises(smelt.InputRejected, match=r"^'f': the header names more than 3 tensors$"):
+        parse_header(raw, 0, "f")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "problem"),
+    [
+        ("n" * 4096, (0,), ""),
+        ("\U0001f600" * 1024, (0,), ""),
+        ("n" * 4097, (0,), "has a bad name: it has 4097 bytes, at most 4096 are accepted"),
+        ("\U0001f600" * 1025, (0,), "has a bad name: it has 4100 bytes, at most 4096 are accepted"),
+        ("n", (0,) * 16, ""),
+        ("n", (0,) * 17, "has 17 dimensions, at most 16 are accepted"),
+        ("n", (0, (1 << 63) - 1), ""),
+        ("n", (0, 1 << 62, 2), "whose product overflows 63 bits"),
+        ("n", (0, 1 << 63), "whose product overflows 63 bits"),
+    ],
+)
+def test_names_and_shapes_are_bounded(name: str, shape: tuple[int, ...], problem: str) -> None:
+    raw = json.dumps({name: entry("U8", shape, 0, 0)}, ensure_ascii=False).encode()
+    if problem:
+        with pytest.raises(smelt.InputRejected, match=problem):
+            parse_header(raw, 0, "f")
+    else:
+        assert parse_header(raw, 0, "f").tensors[name].shape == shape
+
+
+@pytest.mark.parametrize(
+    ("entries", "problem"),
+    [
+        ({"a": entry(), "b": entry(begin=9, end=17)}, "tensor 'b' leaves a hole of 1 bytes before it"),
+        ({"a": entry(), "b": entry(begin=5, end=13)}, "tensor 'b' shares 3 bytes with the one before"),
+        ({"a": entry()}, "9 bytes follow the last tensor, expected none"),
+        ({"a": entry(end=7)}, "tensor 'a' takes 7 bytes, expected 8 for its dtype and shape"),
+        ({"a": entry("F4", (3,), 0, 2)}, r"is F4 of shape \[3\]: its 12 bits do not fill whole bytes"),
+        ({"a": entry(begin=10, end=18)}, "ends at data byte 18, the file's data at 17: the file is cut short"),
+        ({"a": entry(begin=8, end=0)}, r"has data_offsets \[8, 0\], expected \[begin, end\]"),
+    ],
+)
+def test_tensors_fill_the_data(entries: dict[str, Any], problem: str) -> None:
+    with pytest.raises(smelt.InputRejected, match=problem):
+        parse_header(json.dumps(entries).encode(), 17, "f")
+
+
+def test_of_equal_places_the_empty_tensor_comes_first() -> None:
+    entries = {"a": entry(), "b": entry("F32", (0,), 0, 0), "c": entry("F32", (0,), 8, 8)}
+    assert set(parse_header(json.dumps(entries).encode(), 8, "f").tensors) == set(entries)
+
+
 # --- reading --------------------------------------------------------------------------------------------
 
 
@@ -213,6 +289,21 @@ def test_a_slab_outside_of_the_tensor_is_a_mistake(model: Path, start: int, coun
         checkpoint.read("w", start, np.empty(count, np.float32))
 
 
+def test_runs_of_a_tensor(model: Path) -> None:
+    with smelt.load(model) as checkpoint:
+        out = np.empty((3, 5), np.float32)
+        for starts in ([9_995, 0, 17], [0, 1, 2]):
+            checkpoint.read_runs("w", np.array(starts), out)
+            assert out.tolist() == [list(range(start, start + 5)) for start in starts]
+        for outside in ([0, 9_996, 1], [0, -1, 3]):
+            with pytest.raises(ValueError, match="runs of 5 items outside of"):
+                checkpoint.read_runs("w", np.array(outside), out)
+        checkpoint.read_runs("w", np.array([], np.int64), out[:0])
+        shrink(model)
+        with pytest.raises(smelt.OperationFailed, match=r"tensor 'w': .*ends early: no byte at offset 5000"):
+            checkpoint.read_runs("w", np.array([0, 2000, 3000]), out)
+
+
 def test_an_input_error_names_file_and_tensor(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*arguments: object) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -263,8 +354,11 @@ def touch(path: Path) -> None:
 def test_a_changed_input_is_noticed(model: Path, change: Callable[[Path], None]) -> None:
     with smelt.load(model) as checkpoint:
         checkpoint.check_unchanged()
+        size = model.stat().st_size
         change(model)
-        with pytest.raises(smelt.OperationFailed, match=r"model\.safetensors"):
+        told = {grow: f"from {size} to {size + 1} bytes", shrink: f"from {size} to 5000 bytes", touch: "written to"}
+        what = told.get(change, "it was replaced" if change is replace else "No such file")
+        with pytest.raises(smelt.OperationFailed, match=rf"model\.safetensors'.*{what}"):
             checkpoint.check_unchanged()
 
 

@@ -1,14 +1,15 @@
 """``python -m tests.mutants [GROUP]... [--sample N] [--skip N] [--seed N]``: how many mutants the tests kill.
 
 Of each group so many mutants are drawn; the same seed draws the same ones, and ``--skip`` goes on behind those of an
-earlier run. Each must make a test of its module fail, or run past a time limit. Those that survive are listed, but
-for the ones that ``equivalent.txt`` says to mean the same. Ends with 1 where fewer than 90 % of the rest are killed.
+earlier run. Each must make a test of its module fail, or run past a time limit. Those that
+``equivalent.txt`` says to mean the same are left out. Ends with 1 where fewer than 90 % of the rest are killed.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from tests.mutants.groups import GENERATING, GROUPS, SECONDS
 from tests.mutants.operators import Mutant, mutants
-from tests.mutants.trials import PACKAGE, ROOT, Trials
+from tests.mutants.trials import PACKAGE, ROOT, Trials, load
 
 WANTED = 0.9
 
@@ -42,18 +43,18 @@ def _source(module: str) -> str:
     return (ROOT / PACKAGE / module).read_text()
 
 
-def survivors(group: str, chosen: Sequence[Mutant]) -> list[Mutant]:
-    """Those of the chosen mutants that no test notices."""
-    found: list[Mutant] = []
+def survivors(group: str, chosen: Sequence[Mutant]) -> int:
+    """How many of the chosen mutants no test notices; each is told."""
+    found = 0
     with tempfile.TemporaryDirectory(prefix="smelt-mutants-") as home:
         trials = Trials(Path(home), GROUPS[group])
         for tests in dict.fromkeys(GROUPS[group][mutant.module] for mutant in chosen):
             trials.prepare([f"tests/{name}" for name in tests])
         for mutant in chosen:
             tests = [f"tests/{name}" for name in GROUPS[group][mutant.module]]
-            if trials.survives(mutant.module, mutant.text(), tests, SECONDS[group]):
-                found.append(mutant)
-                print(f"line {mutant.line} of {mutant}", flush=True)
+            lives = trials.survives(mutant.module, mutant.text(), tests, SECONDS[group])
+            print(f"{'SURVIVES' if lives else 'killed  '} line {mutant.line} of {mutant}", flush=True)
+            found += lives
     return found
 
 
@@ -63,10 +64,12 @@ def main(arguments: Sequence[str]) -> int:
     for name, default in (("sample", 60), ("skip", 0), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # no mutant outlives it
+    load()
     tried = killed = 0
     for group in options.groups:
         chosen = drawn(group, options.seed, options.skip, options.sample)
-        left = len(survivors(group, chosen))
+        left = survivors(group, chosen)
         print(f"{group}: {len(chosen) - left} of {len(chosen)} mutants killed", flush=True)
         tried, killed = tried + len(chosen), killed + len(chosen) - left
     return int(killed < WANTED * tried)

@@ -8,7 +8,7 @@ _KERNELS = ("test_kernels.py", "test_order.py")
 GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "reader": {
         "checkpoint/base.py": (*_FILES, "test_checkpoint_memory.py"),
-        "checkpoint/documents.py": _FILES,
+        "checkpoint/documents.py": ("test_documents.py", *_FILES),
         "checkpoint/folder.py": _FILES,
         "checkpoint/place.py": _FILES,
         "checkpoint/safetensors.py": _FILES,

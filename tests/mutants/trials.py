@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import importlib
+import multiprocessing
 import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path("src", "smelt")
@@ -23,8 +27,16 @@ _NOT_COPIED = shutil.ignore_patterns("__pycache__", "golden", "mergekit_cases")
 #: Compiled kernels, for the next time.
 _KERNELS = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "smelt-mutants")
 
-#: A mutant may ask for any amount of memory.
-_ADDRESSES = 16 << 30
+#: What tests import beside the project; a mutant takes half the time where it is there already.
+_NEEDED = (
+    "hypothesis.strategies", "ml_dtypes", "numba", "numpy", "rich", "safetensors.numpy", "torch", "xxhash", "yaml",
+)  # fmt: skip
+
+#: pytest would have rewritten the assertions in some of them.
+_LOADED = "ignore::pytest.PytestAssertRewriteWarning"
+
+#: A mutant may ask for any amount of memory, and outlive whoever watches it: in bytes and seconds of a processor.
+_MOST = {resource.RLIMIT_AS: 16 << 30, resource.RLIMIT_CPU: 400, resource.RLIMIT_CORE: 0}
 
 
 class Trials:
@@ -57,7 +69,7 @@ class Trials:
         finally:
             _replace(path, kept)
 
-    def _pytest(self, tests: Sequence[str], cache: Path | None, limit: float) -> tuple[int, str]:
+    def _pytest(self, tests: Sequence[str], cache: Path | None, limit: float) -> tuple[int | None, str]:
         """Exit code and output. Without a ``cache`` a copy of the kernels is used: a mutant may do anything to it."""
         own = self._work / "cache"
         shutil.copytree(_KERNELS, own) if cache is None else self._work.mkdir()
@@ -66,28 +78,45 @@ class Trials:
         finally:
             shutil.rmtree(self._work)
 
-    def _ended(self, tests: Sequence[str], cache: Path, limit: float) -> tuple[int, str]:
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-        with open(self._work / "output", "w+b") as output:
-            run = subprocess.Popen(
-                command, cwd=self._tree, env=self._surroundings(cache), stdin=subprocess.DEVNULL, stdout=output,
-                stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_bound,
-            )  # fmt: skip
-            try:
-                code = run.wait(limit)
-            except subprocess.TimeoutExpired:
-                code = -1
-            finally:
-                _end(run)
-            output.seek(0)
-            return code, output.read().decode(errors="replace")[-3000:]
+    def _ended(self, tests: Sequence[str], cache: Path, limit: float) -> tuple[int | None, str]:
+        output = self._work / "output"
+        output.touch()
+        arguments = (self._tree, tests, self._surroundings(cache), output)
+        run = multiprocessing.get_context("fork").Process(target=_run, args=arguments)
+        run.start()
+        try:
+            run.join(limit)
+            return run.exitcode, output.read_text(errors="replace")[-3000:]
+        finally:
+            _end(run)
 
     def _surroundings(self, cache: Path) -> dict[str, str]:
         """All that is written outside of the tree goes to the work folder, and random tests draw the same numbers."""
+        work = str(self._work)
         return {
-            **os.environ, "PYTHONPATH": os.pathsep.join(["src", "."]), "CI": "1", "TMPDIR": str(self._work),
-            "HOME": str(self._work), "XDG_CACHE_HOME": str(self._work), "SMELT_CACHE": str(cache),
+            "PYTHONPATH": os.pathsep.join(["src", "."]), "CI": "1", "TMPDIR": work, "HOME": work,
+            "XDG_CACHE_HOME": work, "SMELT_CACHE": str(cache),
         }  # fmt: skip
+
+
+def _run(tree: Path, tests: Sequence[str], surroundings: Mapping[str, str], output: Path) -> None:
+    """Run the tests in this process, a copy of one that has loaded what they need but nothing of the project."""
+    os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for what, most in _MOST.items():
+        resource.setrlimit(what, (most, most))
+    descriptor = os.open(output, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.environ.update(surroundings)
+    os.chdir(tree)
+    sys.path[:0] = [str(tree / "src"), str(tree)]
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("smelt", "tests")]:
+        del sys.modules[name]
+    tempfile.tempdir = None
+    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-W", _LOADED, *tests])
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def _replace(path: Path, text: str) -> None:
@@ -96,13 +125,17 @@ def _replace(path: Path, text: str) -> None:
     path.write_text(text)
 
 
-def _bound() -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (_ADDRESSES, _ADDRESSES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def _end(run: subprocess.Popen[bytes]) -> None:
+def _end(run: multiprocessing.process.BaseProcess) -> None:
     """End a run and what it has started."""
+    if run.is_alive():
+        run.kill()
+    run.join()
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(run.pid, signal.SIGKILL)
-    run.wait()
+        os.killpg(run.pid or 0, signal.SIGKILL)
+
+
+def load() -> None:
+    """Import what the tests need, once for all."""
+    for name in _NEEDED:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
