@@ -12,7 +12,7 @@ ARGS   ?=
 BIN     := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary=:all:
 
-.PHONY: demo test test-torch faults fuzz lint types bench docs clean
+.PHONY: demo test test-torch faults fuzz mutants lint types bench docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.demo $(ARGS)
@@ -28,6 +28,9 @@ faults: $(VENV)/.dev
 
 fuzz: $(VENV)/.dev $(VENV)/.fuzz
 	$(BIN)/python -m tests.fuzz $(ARGS)
+
+mutants: $(VENV)/.dev
+	$(BIN)/python -m tests.mutants $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check $(ARGS)

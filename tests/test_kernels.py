@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import struct
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -10,11 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smelt.kernels import random
+from smelt.errors import OperationFailed
+from smelt.kernels import native, random
 from smelt.kernels.arrays import apply
 from smelt.kernels.dtypes import DTYPES, narrowed
-from smelt.kernels.generate import precision_of
-from smelt.kernels.launch import run_map, run_sums
+from smelt.kernels.generate import generate, precision_of
+from smelt.kernels.launch import run_count, run_equal, run_magnitudes, run_map, run_sums
 from smelt.kernels.program import Call, Draw, Each, Mask, Step, call
 from smelt.kernels.source import source_of
 from smelt.kernels.vocabulary import maximum, minimum, sign, sqrt, where
@@ -309,3 +315,193 @@ def test_each_gives_one_number_per_operand() -> None:
 
 def three_deltas(base: Any, models: Any) -> Any:
     return (models[0] - base, models[1] - base, models[2] - base)
+
+
+# --- what decides the bits ------------------------------------------------------------------------------
+
+
+def folded(numbers: Any) -> float:
+    """The sum of a block as the module of sums describes it."""
+    padded = np.zeros(4096)
+    padded[: len(numbers)] = numbers
+    a, b, c, d = padded.reshape(4, 1024)
+    found = (a + b) + (c + d)
+    while len(found) > 1:
+        found = found[: len(found) // 2] + found[len(found) // 2 :]
+    return float(found[0])
+
+
+@pytest.mark.parametrize("count", [1, 4095, 4096, 4097, 10_000])
+def test_sums_are_taken_in_the_documented_order(count: int) -> None:
+    x, y = np.random.default_rng(count).normal(0, 1, (2, count)).astype(np.float32) * np.float32(1e3)
+    work = call(pair, a=Memory(x, "F32"), b=Memory(y, "F32"))
+    wide = [column.astype(np.float64) for column in (x, y)]
+    for products, columns in ((False, wide), (True, [wide[0] * wide[0], wide[0] * wide[1], wide[1] * wide[1]])):
+        blocks = run_sums(work, lambda operand: operand.stored, 0, count, 2, products=products)
+        starts = range(0, count, 4096)
+        assert blocks.tolist() == [[folded(column[at : at + 4096]) for column in columns] for at in starts]
+
+
+def test_a_step_splits_sums_where_the_value_changes() -> None:
+    ones = operand(np.ones(9000), "F32")
+    for cut, expected in ((0, [4096, 4096, 808]), (100, [50, 4096, 4096, 708]), (9000, [2048, 2048, 404])):
+        work = call(scaled_pair, x=ones, factor=Step(0.5, 1.0, cut))
+        blocks = run_sums(work, lambda operand: operand.stored, 0, 9000, 1, products=False)
+        assert blocks.tolist() == [[number] for number in expected]
+
+
+def scaled_pair(x: Any, factor: Any) -> Any:
+    return (factor * x,)
+
+
+def test_random_words_are_those_of_philox() -> None:
+    """The known answer of the authors' library for counter 0 and key 0, and our numbering of counters."""
+    first = random.words((0, 0), 0, 1024)
+    assert [hex(word) for word in first[::256]] == ["0x6627e8d5", "0xe169c58d", "0xbc57ac4c", "0x9b00dbd8"]
+    key = (0xA4093822, 0x299F31D0)
+    whole = random.words(key, 0, 5120)
+    for start, count in ((0, 1), (1023, 2), (1024, 1024), (2500, 2500), (5119, 1)):
+        assert (random.words(key, start, count) == whole[start : start + count]).all()
+    assert len(set(whole.tolist())) > 5110
+    for counter in (0, 3, 255, 256, 700, 1023):
+        places = [counter // 256 * 1024 + counter % 256 + 256 * word for word in range(4)]
+        assert whole[places].tolist() == philox(counter, key)
+
+
+def philox(counter: int, key: tuple[int, int]) -> list[int]:
+    """Philox 4x32-10 as in the paper, on plain integers."""
+    x, (k0, k1) = [counter, 0, 0, 0], key
+    for _ in range(10):
+        p0, p1 = 0xD2511F53 * x[0], 0xCD9E8D57 * x[2]
+        x = [(p1 >> 32) ^ x[1] ^ k0, p1 & 0xFFFFFFFF, (p0 >> 32) ^ x[3] ^ k1, p0 & 0xFFFFFFFF]
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return x
+
+
+def test_the_key_of_a_draw_is_a_hash_of_seed_model_and_tensor() -> None:
+    digest = hashlib.blake2b(b"7\x002\x00name", digest_size=8, person=b"smelt-draw").digest()
+    assert random.key_of(7, "name", 2) == struct.unpack("<II", digest)
+
+
+@pytest.mark.parametrize(
+    ("density", "threshold"), [(1.0, 0), (0.25, 3 << 30), (0.5, 1 << 31), (1e-12, (1 << 32) - 1), (1 - 2**-32, 1)]
+)
+def test_thresholds_of_densities(density: float, threshold: int) -> None:
+    assert random.threshold_of(density) == threshold
+    words = np.array([0, max(0, threshold - 1), threshold, (1 << 32) - 1], np.uint32)
+    assert random.drawn(words, density).tolist() == (words >= threshold).tolist()
+
+
+@pytest.mark.parametrize("code", ["BF16", "F16", "F32", "F64"])
+def test_what_is_not_finite_is_reported(code: str) -> None:
+    """1 for an input, 2 for an output; wherever it is."""
+    for values, expected in (([1.0, 6e4, -0.0], 0), ([1.0, np.nan], 3), ([-np.inf, 1.0], 3)):
+        out = np.empty(len(values), DTYPES[code].storage)
+        assert run_map(call(identity, x=operand(values, code)), code, lambda o: o.stored, 0, out) == expected
+    hidden = call(keep, x=operand([np.nan, 1.0], code), kept=Mask(Memory(np.array([0, 1], np.uint8), "U8")))
+    assert run_map(hidden, code, lambda o: o.stored, 0, np.empty(2, DTYPES[code].storage)) == 1
+    huge = call(inverse, x=operand([0.0, 1.0], code))
+    assert run_map(huge, code, lambda o: o.stored, 0, np.empty(2, DTYPES[code].storage)) == 2
+
+
+def inverse(x: Any) -> Any:
+    return 1 / abs(x)
+
+
+def test_magnitudes_are_counted_where_they_lie() -> None:
+    values = np.array([0.0, -0.0, 1.0, -1.0, 1.5, 2.0, -3.0, 100.0], np.float32)
+    many = np.resize(values, 3000)
+    bits = np.abs(many).view(np.uint32).astype(np.int64)
+    work = call(identity, x=Memory(many, "F32"))
+    assert run_magnitudes(work, lambda o: o.stored, 0, 3000).tolist() == bits.tolist()
+    low, width = int(np.float32(1).view(np.uint32)), 20
+    counts = np.zeros(20, np.uint32)
+    below = run_count(work, lambda o: o.stored, 0, 3000, low, width, counts)
+    inside = bits[(bits >= low) & (bits < low + (20 << width))]
+    assert below == int((bits < low).sum())
+    assert counts.tolist() == np.bincount((inside - low) >> width, minlength=20).tolist()
+    assert 0 < counts.sum() < 3000 - below, "some lie above"
+    equal = run_equal(work, lambda o: o.stored, 0, 3000, low)
+    assert equal.tolist() == [int((bits[at : at + 1024] == low).sum()) for at in (0, 1024, 2048)]
+
+
+# --- formulas as text -----------------------------------------------------------------------------------
+
+
+def adds_up(x: Any) -> Any:
+    total = x
+    total += 2
+    return total
+
+
+def uses_true(x: Any) -> Any:
+    return where(x > 0, where(True, x, 0), x)
+
+
+def test_a_formula_changes_no_operand() -> None:
+    x = np.ones(3, np.float32)
+    assert apply(adds_up, {"x": x}).tolist() == [3, 3, 3]
+    assert x.tolist() == [1, 1, 1]
+    assert "where(True, x, " in source_of(uses_true).text
+
+
+def test_closures_and_what_is_no_function_are_refused() -> None:
+    outside = 3.0
+
+    def closes(x: Any) -> Any:
+        return x * outside
+
+    with pytest.raises(TypeError, match="closes is a closure"):
+        source_of(closes)
+    with pytest.raises(TypeError, match=r"uses 'np', which is not in the vocabulary"):
+        source_of(uses_exp)
+    with pytest.raises(TypeError, match="at least one floating array"):
+        apply(identity, {"x": np.zeros(3, np.int64)})
+
+
+# --- compiled code on disk ------------------------------------------------------------------------------
+
+
+def once_only(x: Any) -> Any:
+    return 3 * x - 1
+
+
+def test_compiled_code_is_kept_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_cache_folder", lambda: tmp_path)
+    made = generate("map", once_only, (("x", "F32"),), "float32", "F32")
+    x, out = np.arange(3, dtype=np.float32), np.empty(3, np.float32)
+
+    def values() -> list[float]:
+        assert native.load(made)(0, out, x) == (0, 0)
+        return out.tolist()
+
+    assert values() == [-1, 2, 5]
+    (path,) = tmp_path.iterdir()
+    monkeypatch.setattr(native, "_compile", None)
+    assert values() == [-1, 2, 5], "from the file"
+    content = path.read_bytes()
+    head, _, code = content.partition(b"\n")
+    facts = json.loads(head)
+    wrong = {**facts, "sha256": "0" * 64}
+    for damaged in (content[:-1], content[:-1] + b"x", code, b"[]\n" + code, json.dumps(wrong).encode() + b"\n" + code,
+                    b"{}\n" + code):  # fmt: skip
+        path.write_bytes(damaged)
+        with pytest.raises(OperationFailed, match=r"is damaged: remove it, it will be made again"):
+            native.load(made)
+
+
+def test_the_name_of_compiled_code_depends_on_all_that_decides_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = generate("map", once_only, (("x", "F32"),), "float32", "F32")
+    others = [replace(made, **{field: ()}) for field in ("parameters", "scratch")] + [replace(made, text="")]
+    names = {native._name_of(each) for each in (made, *others)}
+    assert len(names) == 3 + bool(made.scratch)
+    monkeypatch.setattr(native, "_environment", lambda: "another machine")
+    assert native._name_of(made) not in names
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smelt.storage.cache_folder", lambda part: None)
+    folder = native._cache_folder.__wrapped__()
+    assert folder.is_dir()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.rmdir()

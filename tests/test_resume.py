@@ -222,29 +222,30 @@ def test_what_was_read_is_known_when_it_was_read_whole() -> None:
     assert journal.reads_of(ledger, output) is None, "the last element is missing"
 
 
-def test_a_line_is_written_when_its_data_is_on_the_disk(tmp_path: Path) -> None:
+def test_a_line_is_written_when_its_data_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "INTERVAL", 10)
     events: list[str] = []
     with journal.Journal(tmp_path / "journal", lambda name: None if name == "unknown" else [("a", name, "d")]) as lines:
-        for name in ("x", "unknown", "y"):
-            lines.add(name, "0" * 64, journal.INTERVAL // 3)
-        assert not lines.is_due
-        lines.add("z", "1" * 64, journal.INTERVAL // 3 + 3)
-        assert lines.is_due
+        for name, nbytes, due in (("x", 4, False), ("unknown", 10, False), ("y", 5, False), ("z", 1, True)):
+            lines.add(name, "0" * 64, nbytes)
+            assert lines.is_due == due
         lines.commit(lambda: events.append(f"synced, {(tmp_path / 'journal').stat().st_size}"))
+        lines.add("more", "1" * 64, 9)
         assert not lines.is_due
         lines.paused = True
-        lines.add("late", "2" * 64, 1)
+        lines.add("late", "2" * 64, 10)
+        assert not lines.is_due
         lines.commit(lambda: events.append("synced"))
     assert events == ["synced, 0", "synced"]
     content = (tmp_path / "journal").read_bytes()
     (tmp_path / "journal").write_bytes(content[:-1] + b"x")  # the last line is torn
     with journal.Journal(tmp_path / "journal", lambda name: []) as lines:
-        assert lines.finished == {"x": "0" * 64, "y": "0" * 64}
-        assert lines.reads == {name: [["a", name, "d"]] for name in "xy"}
-        lines.add("z", "1" * 64, 1)
+        assert lines.finished == {"x": "0" * 64, "y": "0" * 64, "z": "0" * 64}
+        assert lines.reads == {name: [["a", name, "d"]] for name in "xyz"}
+        lines.add("more", "1" * 64, 1)
         lines.commit(lambda: None)
     found, length = journal.recorded(tmp_path / "journal")
-    assert [entry["tensor"] for entry in found] == ["x", "y", "z"]
+    assert [entry["tensor"] for entry in found] == ["x", "y", "z", "more"]
     assert length == (tmp_path / "journal").stat().st_size
     (tmp_path / "folder").mkdir()
     assert journal.recorded(tmp_path / "folder") == journal.recorded(tmp_path / "nowhere") == ([], 0)
@@ -356,7 +357,9 @@ def test_what_is_left_is_described(tmp_path: Path) -> None:
     }  # fmt: skip
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "inner.smelt-work").mkdir()
-    assert len(leftovers([tmp_path / "out"])) == 2, "what lies in the folder, and what was to become it"
+    inner, outer = leftovers([tmp_path / "out"])
+    assert (inner.out, inner.tensors) == (tmp_path / "out" / "inner", 0)
+    assert outer == left, "what lies in the folder, and what was to become it"
 
 
 def test_clean_lists_and_removes_what_is_named(tree: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

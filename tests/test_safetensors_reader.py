@@ -170,9 +170,9 @@ def test_the_length_of_a_header_is_bounded(tmp_path: Path, monkeypatch: pytest.M
     length = len(content) - 16
     monkeypatch.setattr(reader, "MAX_HEADER", length)
     assert list(smelt.load(put(tmp_path, content))) == ["w"]
+    assert f"a header of {length} bytes, {length - 1} are there" in refused(content[: 7 + length], tmp_path)
     monkeypatch.setattr(reader, "MAX_HEADER", length - 1)
     assert f"a header of {length} bytes, at most {length - 1} are accepted" in refused(content, tmp_path)
-    assert f"a header of {length} bytes, {length - 1} are there" in refused(content[: 7 + length], tmp_path)
 
 
 @pytest.mark.parametrize("spelling", ["data_offsets", "data\\u005foffsets"])
@@ -300,7 +300,7 @@ def test_runs_of_a_tensor(model: Path) -> None:
                 checkpoint.read_runs("w", np.array(outside), out)
         checkpoint.read_runs("w", np.array([], np.int64), out[:0])
         shrink(model)
-        with pytest.raises(smelt.OperationFailed, match=r"tensor 'w': .*ends early: no byte at offset 5000"):
+        with pytest.raises(smelt.OperationFailed, match=r"tensor 'w': .*ends early: no byte at offset \d+, 20 more"):
             checkpoint.read_runs("w", np.array([0, 2000, 3000]), out)
 
 

@@ -20,9 +20,11 @@ from hypothesis import strategies as st
 import smelt
 from smelt import storage
 from smelt.checkpoint import CheckpointWriter, Shard, TensorInfo, plan_shards
-from smelt.checkpoint.writer import ALIGNMENT
+from smelt.checkpoint.base import Part
+from smelt.checkpoint.writer import ALIGNMENT, plan_file
 from smelt.kernels.dtypes import DTYPES
 
+PAIR = [TensorInfo("a", "F32", (2,)), TensorInfo("b", "F32", (2,))]
 INDEX = "model.safetensors.index.json"
 
 names = st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z")), min_size=1, max_size=8)
@@ -121,14 +123,65 @@ def _offsets(header: bytes) -> dict[str, int]:
 
 
 def test_a_name_given_twice_is_a_mistake() -> None:
-    with pytest.raises(ValueError, match="given twice"):
-        plan_shards([TensorInfo("a", "F32", (1,)), TensorInfo("a", "F32", (2,))], 100)
+    for plan in (lambda twins: plan_shards(twins, 100), lambda twins: plan_file("f", twins)):
+        with pytest.raises(ValueError, match="given twice"):
+            plan([TensorInfo("a", "F32", (1,)), TensorInfo("a", "F32", (2,))])
+
+
+def test_one_file_of_a_name() -> None:
+    (shard,) = plan_shards(PAIR, 100)
+    named = plan_file("x/y.safetensors", PAIR)
+    assert (named.file, named.header, named.size, named.offsets) == (
+        "x/y.safetensors", shard.header, shard.size, shard.offsets,
+    )  # fmt: skip
+    assert {tensor.file for tensor in named.tensors} == {"x/y.safetensors"}
 
 
 def test_a_header_that_no_reader_would_take_is_refused() -> None:
     tensors = [TensorInfo(f"{number}{'n' * 4000}", "U8", (0,)) for number in range(25_000)]
     with pytest.raises(smelt.UsageError, match="too many for one header: ask for smaller shards"):
         plan_shards(tensors, 100)
+
+
+def test_a_header_is_bounded_as_readers_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    (shard,) = plan_shards(PAIR, 100)
+    for name, limit in (("MAX_TENSORS", 2), ("MAX_HEADER", len(shard.header) - 8)):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"smelt.checkpoint.writer.{name}", limit)
+            assert plan_shards(PAIR, 100) == [shard]
+            patch.setattr(f"smelt.checkpoint.writer.{name}", limit - 1)
+            with pytest.raises(smelt.UsageError, match=r"model.safetensors would hold 2 tensors, too many"):
+                plan_shards(PAIR, 100)
+
+
+def test_parts_have_files_of_their_own(tmp_path: Path) -> None:
+    """A tensor is of the part with the longest prefix; its file's header and index leave that out."""
+    parts = [Part("unet"), Part("unet.deep", "odd"), Part("vae", "diffusion_pytorch_model")]
+    names = ["unet.b", "unet.deep.a", "unet.a"]
+    tensors = [TensorInfo(name, "F32", (2,)) for name in names]
+    shards = plan_shards(tensors, 8, {"made": "here"}, parts)
+    files = [
+        "unet/model-00001-of-00002.safetensors",
+        "unet/model-00002-of-00002.safetensors",
+        "unet.deep/odd.safetensors",
+    ]
+    assert [(shard.file, list(shard.offsets)) for shard in shards] == [
+        (files[0], ["unet.b"]), (files[1], ["unet.a"]), (files[2], ["unet.deep.a"]),
+    ]  # fmt: skip
+    writer = CheckpointWriter(tmp_path, shards)
+    for number, info in enumerate(tensors):
+        writer.write(info.name, 0, np.full(2, number, np.float32))
+    writer.finish()
+    index = json.loads((tmp_path / "unet" / INDEX).read_text())
+    assert index["weight_map"] == {"a": files[1][5:], "b": files[0][5:]}
+    with smelt.load(tmp_path / "unet") as part, smelt.load(tmp_path / "unet.deep") as deep:
+        assert {name: array.tolist() for name, array in part.items()} == {"a": [2, 2], "b": [0, 0]}
+        assert deep["a"].tolist() == [1, 1]
+        assert deep.metadata == {"format": "pt", "made": "here"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["unet", "unet.deep"]
+    assert [shard.file for shard in plan_shards([], 8, parts=[Part("vae")])] == ["vae/model.safetensors"]
+    with pytest.raises(smelt.UsageError, match=r"tensor 'else' belongs to none of the parts unet, unet.deep, vae"):
+        plan_shards([*tensors, TensorInfo("else", "F32", ())], 8, parts=parts)
 
 
 # --- the files ------------------------------------------------------------------------------------------
@@ -216,8 +269,6 @@ def test_modes_follow_the_umask(tmp_path: Path, umask: int) -> None:
 
 # --- when it goes wrong ---------------------------------------------------------------------------------
 
-PAIR = [TensorInfo("a", "F32", (2,)), TensorInfo("b", "F32", (2,))]
-
 
 def test_a_full_disk_fails_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     allocate = os.posix_fallocate
@@ -273,6 +324,36 @@ def test_a_failed_flush_fails_the_run(tmp_path: Path, monkeypatch: pytest.Monkey
         writer.finish()
     writer.abort()
     assert INDEX not in contents(tmp_path)
+
+
+def test_what_is_there_already_is_taken_up(tmp_path: Path) -> None:
+    """What was written before stays and can be read again; what is skipped is not missed."""
+    shards = plan_shards(PAIR, 8)
+    writer = CheckpointWriter(tmp_path, shards)
+    writer.write("b", 1, np.full(1, 7, np.float32))
+    writer.abort()
+    with pytest.raises(smelt.OperationFailed, match="File exists"):
+        CheckpointWriter(tmp_path, shards)
+    writer, out = CheckpointWriter(tmp_path, shards, again=True), np.empty(1, np.float32)
+    writer.read("b", 1, out)
+    assert out.tolist() == [7]
+    writer.skip("b")
+    written = np.array([1, 2], np.float32)
+    assert writer.write("a", 0, written) is written
+    writer.finish()
+    with smelt.load(tmp_path) as checkpoint:
+        assert {name: array.tolist() for name, array in checkpoint.items()} == {"a": [1, 2], "b": [0, 7]}
+
+
+def test_all_files_and_folders_are_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))))
+    shards = plan_shards([TensorInfo(f"{part}.{name}", "U8", (1,)) for part in "pq" for name in "ab"], 1,
+                         parts=[Part("p"), Part("q")])  # fmt: skip
+    writer = CheckpointWriter(tmp_path, shards)
+    writer.sync()
+    assert sorted(synced) == sorted([*(shard.file[2:] for shard in shards), "p", "q"])
+    writer.abort()
 
 
 def test_the_disk_is_asked_to_begin_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
