@@ -13,7 +13,7 @@ from tests.mutants.trials import PACKAGE, ROOT
 
 
 def said(source: str, **options: bool) -> list[str]:
-    return [str(mutant).partition(": f: ")[2] for mutant in mutants("m.py", source, **options)]
+    return [str(mutant).partition(": f: ")[2].partition(", in ")[0] for mutant in mutants("m.py", source, **options)]
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,11 @@ def test_generated_text_is_code_too() -> None:
     assert said(source) == []
     found = [mutant.text() for mutant in mutants("m.py", source, generates=True)]
     assert [text.partition("= ")[2].rstrip("\"'") for text in found] == ["y1 - 2 >> n", "y1 + 3 >> n", "y1 + 2 << n"]
+
+
+def test_a_mutant_says_where_it_is() -> None:
+    (mutant,) = mutants("m.py", "class A:\n    def f(self):\n        with g(x=1):\n            return 2\n")[:1]
+    assert str(mutant) == "m.py: A.f: 1 -> 2, in with g(x=1):"
 
 
 def test_a_mutant_is_the_module_with_one_change() -> None:

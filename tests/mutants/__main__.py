@@ -53,7 +53,7 @@ def survivors(group: str, chosen: Sequence[Mutant]) -> int:
         for mutant in chosen:
             tests = [f"tests/{name}" for name in GROUPS[group][mutant.module]]
             lives = trials.survives(mutant.module, mutant.text(), tests, SECONDS[group])
-            print(f"{'SURVIVES' if lives else 'killed  '} line {mutant.line} of {mutant}", flush=True)
+            print(f"{'SURVIVES' if lives else 'killed  '} {mutant}", flush=True)
             found += lives
     return found
 

@@ -33,11 +33,11 @@ _UNSEEN = {"annotation", "returns", "decorator_list", "type_comment", "type_para
 
 @dataclass(frozen=True)
 class Mutant:
-    """``field`` of ``holder`` (its item ``at``, where it is a list) becomes ``new``. ``scope`` names the function."""
+    """``field`` of ``holder`` (its item ``at``, where it is a list) becomes ``new``; ``scope`` names the function."""
 
     module: str
     scope: str
-    line: int
+    statement: ast.stmt
     tree: ast.Module
     holder: ast.AST
     field: str
@@ -45,7 +45,9 @@ class Mutant:
     new: ast.AST
 
     def __str__(self) -> str:
-        return f"{self.module}: {self.scope}: {_brief(self._here())} -> {_brief(self.new)}"
+        change = f"{_brief(self._here())} -> {_brief(self.new)}"
+        inside = "" if isinstance(self._here(), ast.stmt) else f", in {_brief(self.statement)}"
+        return f"{self.module}: {self.scope}: {change}{inside}"
 
     def text(self) -> str:
         """The whole module with the fault in it."""
@@ -71,23 +73,26 @@ def mutants(module: str, source: str, *, generates: bool = False) -> list[Mutant
     """All of a module; in one that ``generates`` code also those of the text that it puts together."""
     tree = ast.parse(source)
     return [
-        Mutant(module, scope, getattr(node, "lineno", 0) or getattr(holder, "lineno", 0), tree, holder, field, at, new)
-        for scope, holder, field, at, node in _places(tree, "")
+        Mutant(module, scope, statement, tree, holder, field, at, new)
+        for scope, statement, holder, field, at, node in _places(tree, "", tree)
         for new in (*_instead(node), *(_text(node) if generates else ()))
     ]
 
 
-def _places(holder: ast.AST, scope: str) -> Iterator[tuple[str, ast.AST, str, int | None, ast.AST]]:
-    """Every node that counts, where it hangs, and the function or class that it is in."""
+def _places(
+    holder: ast.AST, scope: str, statement: Any
+) -> Iterator[tuple[str, Any, ast.AST, str, int | None, ast.AST]]:
+    """Every node that counts, where it hangs, and the function or class and the statement that it is in."""
     for field, value in ast.iter_fields(holder):
         if field in _UNSEEN:
             continue
         for at, node in enumerate(value) if isinstance(value, list) else ((None, value),):
             if isinstance(node, ast.AST) and not _is_idle(node):
-                yield scope, holder, field, at, node
-                inside = [part for part in (scope, getattr(node, "name", "")) if part]
+                within = node if isinstance(node, ast.stmt) else statement
+                yield scope, within, holder, field, at, node
                 if not isinstance(node, ast.Raise):  # what it says is for people
-                    yield from _places(node, ".".join(inside) if isinstance(node, _SCOPES) else scope)
+                    named = [part for part in (scope, node.name) if part] if isinstance(node, _SCOPES) else [scope]
+                    yield from _places(node, ".".join(named), within)
 
 
 _SCOPES = ast.FunctionDef | ast.ClassDef
