@@ -28,7 +28,8 @@ from benchmarks.models import Curvature, Noise, Weights
 from benchmarks.recipes import MERGES, Timed
 from benchmarks.records import Rate, Session, command_line, machine
 from benchmarks.shapes import BASE, FINE_TUNES, STATISTICS, bench_dir
-from smelt.engine.execute import Executor, Job
+from smelt.engine.execute import Executor
+from smelt.engine.jobs import Job
 from smelt.engine.parameters import constant_parameters
 from smelt.engine.tiles import TILE, Tile
 from smelt.kernels.launch import run_map

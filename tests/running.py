@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from smelt.engine.device import mapper_for
-from smelt.engine.execute import Executor, Job, Steps
+from smelt.engine.execute import Executor
+from smelt.engine.jobs import Job, Steps
 from smelt.kernels.program import Operand, Output
 
 

@@ -13,7 +13,8 @@ import pytest
 
 import smelt
 from smelt.engine.device import mapper_for
-from smelt.engine.execute import TILE, Executor, Job
+from smelt.engine.execute import TILE, Executor
+from smelt.engine.jobs import Job
 from smelt.engine.reduce import SumReducer, copies_of, counters, reducers_for
 from smelt.engine.tiles import BufferPool, tiles_of
 from smelt.kernels.program import Copy, Rank, Totals, call

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smelt.engine.execute import Steps
+from smelt.engine.jobs import Steps
 from smelt.engine.reduce import RankReducer, TopReducer
 from smelt.engine.tiles import BufferPool, Tile
 from smelt.errors import OperationFailed

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 
 import smelt
-from smelt.engine.execute import Steps
+from smelt.engine.jobs import Steps
 from smelt.engine.operands import CheckpointOperand, Ledger
 from smelt.engine.tiles import TILE
 from smelt.kernels.broadcast import PerColumn, PerRow

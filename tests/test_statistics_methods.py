@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import smelt
-from smelt.engine.execute import Steps
+from smelt.engine.jobs import Steps
 from smelt.engine.operands import CheckpointOperand
 from smelt.errors import UsageError
 from smelt.kernels.program import Copy

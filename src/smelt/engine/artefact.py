@@ -20,8 +20,9 @@ from ..kernels.program import Copy, Operand
 from ..recipe import ModelReference, Position
 from .card import without_paths
 from .device import mapper_for
-from .execute import Executor, Job, usable_cores
+from .execute import Executor, usable_cores
 from .inputs import Input, identity, quantised
+from .jobs import Job
 from .manifest import NAME, dump, manifest, sums_of
 from .operands import CheckpointOperand, Ledger
 from .progress import Progress, Silent

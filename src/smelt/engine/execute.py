@@ -16,15 +16,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from math import inf
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..kernels.blas import give_back
 from ..kernels.dtypes import DTYPES
-from ..kernels.program import Bits, ByRow, Call, Copy, Number, Operand, Output, Request, Whole, row_length
+from ..kernels.program import Bits, ByRow, Call, Copy, Number, Operand, Output, Whole, row_length
 from .device import Mapper
+from .jobs import Job, Sink, Steps
 from .progress import Progress, Silent
 from .quota import Quotas
 from .reduce import Reducer, reducers_for
@@ -40,33 +40,7 @@ _AHEAD = 1 << 28
 #: Of a matrix that holds more bytes the memory goes back to the system, for whichever thread is next.
 _LARGE = 1 << 24
 
-Steps = Generator[tuple[Request, ...], list[Any], Any]
 Task = Callable[[Tile], Any]
-
-
-class Sink(Protocol):
-    """Where output tensors go. ``waiting``: bytes of arrays that are not released yet."""
-
-    @property
-    def waiting(self) -> int: ...
-
-    def write(self, name: str, start: int, array: npt.NDArray[Any], release: Callable[[], None]) -> None:
-        """Store elements from ``start`` on; call ``release`` when the array is no longer needed."""
-
-    def finish(self, name: str) -> None:
-        """All elements of ``name`` have been written."""
-
-
-@dataclass(eq=False)
-class Job:
-    """One output tensor: how it is stored, how to start its method, and what a function of whole matrices holds."""
-
-    name: str
-    dtype: str
-    count: int
-    inputs: Sequence[Operand]
-    begin: Callable[[], Steps | Output]
-    memory: int = 0
 
 
 @dataclass(eq=False)

@@ -21,7 +21,8 @@ from ..kernels.generate import precision_of
 from ..kernels.program import Call, Copy, Draw, Mask, Operand, Output, Request, Step
 from ..kernels.random import words
 from .device import Policy
-from .execute import Executor, Steps
+from .execute import Executor
+from .jobs import Steps
 from .quota import Quotas
 from .tiles import BufferPool, Tile
 from .whole import read_whole

@@ -21,8 +21,9 @@ from ..methods.lines import wrapped
 from ..methods.tensors import identity
 from .changes import with_ranks
 from .device import Policy, mapper_for
-from .execute import Executor, Job, Steps, usable_cores
+from .execute import Executor, usable_cores
 from .gradients import lost, merge_live, numbers, remembered, remembering
+from .jobs import Job, Steps
 from .live import arrays_of, ties
 from .operands import CheckpointOperand
 from .parameters import check_counts, constant_parameters, lines_of

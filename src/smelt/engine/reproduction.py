@@ -71,7 +71,7 @@ def reproduce(
 
 
 #: Of what type the options in a manifest are.
-_OPTIONS = {"on_extra": str, "on_nonfinite": str, "raw": bool, "card": bool, "shard_size": int,
+_OPTIONS = {"on_extra": str, "on_nonfinite": str, "raw": bool, "card": bool, "save_state": bool, "shard_size": int,
             "truncate_embeddings": bool}  # fmt: skip
 
 

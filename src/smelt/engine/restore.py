@@ -18,8 +18,9 @@ from ..kernels.program import Call, Copy, Mask, Whole, call
 from ..methods.parts import added, expanded, restored
 from ..methods.tensors import identity
 from .device import mapper_for
-from .execute import Executor, Job, Sink, usable_cores
+from .execute import Executor, usable_cores
 from .inputs import read_config
+from .jobs import Job, Sink
 from .manifest import NAME, dump, manifest, sums_of
 from .memory import ArraySink
 from .operands import CheckpointOperand

@@ -20,9 +20,10 @@ from .backbone import compare_backbones
 from .card import card, hub_id, library_of, without_paths
 from .config import patched_configs
 from .device import mapper_for
-from .execute import Executor, Job, Steps
+from .execute import Executor
 from .findings import Finding
 from .inputs import Input, identity, licence_of
+from .jobs import Job, Steps
 from .journal import NAME as JOURNAL
 from .journal import Journal, reads_of
 from .manifest import NAME, dump, manifest, sums_of

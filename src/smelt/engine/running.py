@@ -22,8 +22,8 @@ from ..kernels.program import Output as Formula
 from ..methods import Method, Tensor
 from ..recipe import Recipe
 from .earlier import FORMAT, Earlier, not_continued
-from .execute import Sink
 from .inputs import Input, identified
+from .jobs import Sink
 from .manifest import STATE_FOLDER, versions
 from .operands import CheckpointOperand, Ledger
 from .options import Options

@@ -63,15 +63,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         content = json.loads(storage.read_small(path, 1 << 28))
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']!r}, expected {FORMAT}")
-        if not all({"dtype", "shape", "sha256"} <= tensor.keys() for tensor in content["tensors"].values()):
-            raise ValueError("a tensor lacks its dtype, shape or sha256")
-        if not all(isinstance(tensor.get("file", ""), str) for tensor in content["tensors"].values()):
-            raise ValueError("the file of a tensor is no text")
-        if not isinstance(content["files"], Mapping) or not isinstance(content.get("state", {}), Mapping):
-            raise ValueError("files or state is no object")
+        for tensors in (content["tensors"], content.get("state", {}).get("tensors", {})):
+            _check_told(tensors)
+        if not isinstance(content["files"], Mapping):
+            raise ValueError("files is no object")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputRejected(f"{show(path)} is not a manifest that this version reads: {error}") from error
     return content  # type: ignore[no-any-return]
+
+
+def _check_told(tensors: Mapping[str, Any]) -> None:
+    """ValueError, or another error of data in the wrong form, where something of a tensor is missing."""
+    if not all({"dtype", "shape", "sha256"} <= tensor.keys() for tensor in tensors.values()):
+        raise ValueError("a tensor lacks its dtype, shape or sha256")
+    if not all(isinstance(tensor.get("file", ""), str) for tensor in tensors.values()):
+        raise ValueError("the file of a tensor is no text")
 
 
 def _verify_files(folder: Path, wanted: Mapping[str, str], found: Verification, state: bool) -> None:

@@ -20,7 +20,7 @@ from .matrices import called, called_in_strips, rows_called
 from .tiles import TILE, BufferPool, Tile
 
 if TYPE_CHECKING:
-    from .execute import Job, Sink
+    from .jobs import Job, Sink
 
 
 def run_whole(output: Whole, job: Job, tile: Tile, mapper: Mapper, sink: Sink, buffers: BufferPool) -> None:
