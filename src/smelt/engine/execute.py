@@ -186,7 +186,7 @@ class Executor:
         if isinstance(output, Whole) and output.by_rows:
             live.tiles = self._tiles(job.count, row_length(job.inputs[0].shape))
             live.width = DTYPES[job.dtype].bits // 8
-            self._submit(live, lambda tile: run_rows(output, job, tile, self._sink, self._buffers), self._end(live))
+            self._submit(live, self._rows(job, output), self._end(live))
         elif isinstance(output, Whole):
             live.tiles = [Tile(0, job.count, self._buffers)]
             self._waiting.append(_Waiting(live, job.memory, self._whole(job, output), self._end(live)))
@@ -209,8 +209,19 @@ class Executor:
 
         return task
 
+    def _rows(self, job: Job, output: Whole) -> Task:
+        def task(tile: Tile) -> None:
+            run_rows(output, job, tile, self._sink, self._buffers)
+            self._progress.advance(tile.count * DTYPES[job.dtype].bits // 8)
+
+        return task
+
     def _whole(self, job: Job, output: Whole) -> Task:
-        return lambda tile: run_whole(output, job, tile, self._mapper, self._sink, self._buffers)
+        def task(tile: Tile) -> None:
+            run_whole(output, job, tile, self._mapper, self._sink, self._buffers)
+            self._progress.advance(tile.count * DTYPES[job.dtype].bits // 8)
+
+        return task
 
     def _pack(self, job: Job, output: Bits, quotas: Quotas) -> Task:
         """As :meth:`_map`, eight elements to a byte; a tile is a multiple of eight."""
