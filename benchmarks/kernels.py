@@ -62,6 +62,8 @@ class Resident:
 class Discard:
     """A sink that keeps nothing."""
 
+    waiting = 0
+
     def write(self, name: str, start: int, array: npt.NDArray[Any], release: Callable[[], None]) -> None:
         release()
 
