@@ -26,8 +26,8 @@ Indices = npt.NDArray[np.uint32]
 _STRETCH, _STRETCH_TURNED, _HEIGHT = 1024, 256, 32
 
 
-#: How many columns share a scale, where a kernel is made for that.
-_LENGTHS = (1, 16, 32, 64, 128)
+#: How many columns share a scale, where a kernel is made for that; the longest that fits is taken.
+_LENGTHS = (128, 64, 32, 16)
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,9 @@ def dequantise(
         return
     rows, columns = out.shape[::-1] if turned else out.shape
     scale, zero = (plane.reshape(-1) for plane in (scales.scale, scales.scale if scales.zero is None else scales.zero))
-    run = _run(scales.column_group, *_LENGTHS)
+    run = 1 if _counts_up(scales.column_group) else _run(scales.column_group)
     skipped = int(scales.column_group[0]) if run == 1 else 0
-    plain = bool(table[0] == 0 and _run(table, 1))
+    plain = bool(table[0] == 0 and _counts_up(table))
     form = _Form(packing, scales.zero is not None, dtype, turned, plain, run)
     _kernel(form)(
         rows, columns, phase, stride, packed, _in_pairs(table) if form.paired else table, scale[skipped:],
@@ -81,10 +81,19 @@ def dequantise(
     )  # fmt: skip
 
 
-def _run(numbers: npt.NDArray[Any], *lengths: int) -> int:
-    """After how many numbers each is 1 more than before, the whole array long; 0 where it is none of ``lengths``."""
-    counted = np.arange(len(numbers))
-    return next((length for length in lengths if (numbers == numbers[0] + counted // length).all()), 0)
+def _counts_up(numbers: npt.NDArray[Any]) -> bool:
+    """Whether each is 1 more than the one before."""
+    return bool((numbers == numbers[0] + np.arange(len(numbers))).all())
+
+
+def _run(groups: Indices) -> int:
+    """After how many columns the scale may change, as kernels are made; 0 where that is none of them."""
+
+    def holds(length: int) -> bool:
+        runs = groups[: len(groups) // length * length].reshape(-1, length)
+        return bool(len(runs) and (runs == runs[:, :1]).all())
+
+    return next(filter(holds, _LENGTHS), 0)
 
 
 def _in_pairs(table: Floats) -> Floats:
@@ -96,7 +105,7 @@ def _in_pairs(table: Floats) -> Floats:
 class _Form(NamedTuple):
     """What a kernel is made for.
 
-    ``plain``: codes are their own values; ``run``: after so many columns comes the next scale, 0 where that is
+    ``plain``: codes are their own values; ``run``: after so many columns another scale may come, 0 where each is
     looked up.
     """
 
