@@ -219,7 +219,7 @@ def idle_of(command: Command, out: Path) -> int:
 def holds_matrices(tree: Mapping[str, Any]) -> bool:
     plan = smelt.plan(tree, memory="64GiB", threads=1)
     plan.close()
-    return any(plan.budget.of(output)[1] for output in plan.outputs)
+    return any(plan.budget.matrix(output) for output in plan.outputs)
 
 
 # --- other inputs, outputs and commands ---------------------------------------------------------------------

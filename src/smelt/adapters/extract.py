@@ -15,7 +15,6 @@ import numpy as np
 from ..engine.artefact import Source, Work, open_models
 from ..engine.card import public_name
 from ..engine.progress import Progress
-from ..engine.publish import check_destination
 from ..kernels.dtypes import DTYPES, rounded
 from ..kernels.program import Operand
 from .lowrank import Array, Limits, factors, low_rank, residual
@@ -88,11 +87,8 @@ def _extractor(
 ) -> Iterator[_Extractor]:  # fmt: skip
     """With both models open, and a destination that will do."""
     work = Work("extract_lora", asdict(options), open_models(allow_pickle, base=base, model=model))
-    try:
-        check_destination(out, work.folders())
+    with work.towards(out):
         yield _Extractor(work, options)
-    finally:
-        work.close()
 
 
 class _Extractor(Maker[Module]):

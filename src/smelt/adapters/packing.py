@@ -17,7 +17,6 @@ from ..checkpoint.adapter import CONFIG, PACK
 from ..engine.artefact import Source, Work, open_models
 from ..engine.card import public_name
 from ..engine.progress import Progress
-from ..engine.publish import check_destination
 from ..errors import InputRejected, UsageError, show
 from ..kernels.dtypes import DTYPES, NAMES, rounded
 from ..kernels.program import Operand
@@ -107,11 +106,8 @@ def _packer(
     """With both models open, and a destination that will do."""
     settings = {name: getattr(options, name) for name in ("form", "density", "prune", "value_dtype")}
     work = Work("extract_delta", settings, open_models(allow_pickle, base=base, model=model), options.seed)
-    try:
-        check_destination(out, work.folders())
+    with work.towards(out):
         yield _Packer(work, options)
-    finally:
-        work.close()
 
 
 def length(values: Array) -> float:

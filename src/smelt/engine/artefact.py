@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from .jobs import Job
 from .manifest import NAME, dump, manifest, sums_of
 from .operands import CheckpointOperand, Ledger
 from .progress import Progress, Silent
-from .publish import check_space, staging, write_files
+from .publish import check_destination, check_space, staging, write_files
 from .run import Artifact
 from .sink import DiskSink, write_tensors
 
@@ -74,6 +75,15 @@ class Work:
         """Of the inputs' tensors, each counted once."""
         tensors = [(item.checkpoint, name) for item in self.inputs for name in self.ledger.names(item.label)]
         return sum(checkpoint.tensors[name].nbytes for checkpoint, name in tensors)
+
+    @contextmanager
+    def towards(self, out: Path) -> Iterator[None]:
+        """With a destination that will do; afterwards the inputs are closed."""
+        try:
+            check_destination(out, self.folders())
+            yield
+        finally:
+            self.close()
 
     def close(self) -> None:
         for item in self.inputs:

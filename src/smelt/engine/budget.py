@@ -51,7 +51,7 @@ class Budget:
     @cached_property
     def _together(self) -> list[int]:
         """What the functions of whole matrices hold that run at a time, the largest first."""
-        return sorted((matrix for _, matrix in self._each), reverse=True)[: self._threads]
+        return sorted((matrix for _, matrix in self._each.values()), reverse=True)[: self._threads]
 
     @cached_property
     def _beside(self) -> int:
@@ -59,14 +59,18 @@ class Budget:
         plan, threads = self._plan, self._threads
         vocabulary = 0 if plan.tokens is None else plan.tokens.memory
         packing = 0 if plan.float8 is None else plan.float8.memory(threads)
-        tiles = threads * max((tile for tile, _ in self._each), default=0) + self._results(_AHEAD[0])
+        tiles = threads * max((tile for tile, _ in self._each.values()), default=0) + self._results(_AHEAD[0])
         return BASELINE + vocabulary + packing + plan.inputs.scratch + tiles + self._counters()
 
     @cached_property
-    def _each(self) -> list[tuple[int, int]]:
-        return [self.of(output) for output in self._plan.made]
+    def _each(self) -> dict[str, tuple[int, int]]:
+        return {output.name: self._of(output) for output in self._plan.made}
 
-    def of(self, output: Output) -> tuple[int, int]:
+    def matrix(self, output: Output) -> int:
+        """What the function of a whole tensor holds; 0 where it is made in tiles."""
+        return self._each[output.name][1]
+
+    def _of(self, output: Output) -> tuple[int, int]:
         """What one thread needs for a tile of a tensor, and for the tensor as a matrix."""
         method = self._plan.method
         row, more = (1, 0) if output.tensor is None else method.holds(output.tensor)

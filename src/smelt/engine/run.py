@@ -289,7 +289,7 @@ def _execute(plan: Plan, sink: PackingSink, progress: Progress, warn: Callable[[
 
 def _needs(plan: Plan) -> Callable[[Operand], int]:
     """What a tensor takes whose operand it is, where it is held whole."""
-    merged = [(output.tensor, plan.budget.of(output)[1]) for output in plan.outputs if output.tensor is not None]
+    merged = [(output.tensor, plan.budget.matrix(output)) for output in plan.outputs if output.tensor is not None]
     known = {id(operand): whole for tensor, whole in merged for operand in (tensor.base, *tensor.models)}
     return lambda operand: known.get(id(operand), 0)
 
@@ -335,7 +335,7 @@ def _job(plan: Plan, output: Output) -> Job:
         return plan.method.merge(tensor)
 
     name = tensor.name if output.part == STATE else output.name
-    return Job(name, dtype, tensor.count, operands, begin, plan.budget.of(output)[1])
+    return Job(name, dtype, tensor.count, operands, begin, plan.budget.matrix(output))
 
 
 # --- what travels with them -----------------------------------------------------------------------------

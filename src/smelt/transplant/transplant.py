@@ -17,7 +17,6 @@ from ..engine.layout import natural_key
 from ..engine.operands import CheckpointOperand
 from ..engine.options import SHARD_SIZE
 from ..engine.progress import Progress
-from ..engine.publish import check_destination
 from ..engine.run import Artifact
 from ..engine.whole import read_whole
 from ..errors import InputRejected, OperationFailed, show
@@ -71,8 +70,7 @@ def transplant_tokenizer(
     size = parse_size(shard_size)
     opened = open_models(allow_pickle, model=model, donor=donor)
     work = Work("tokenizer_transplant", asdict(options), opened, seed)
-    try:
-        check_destination(out, work.folders())
+    with work.towards(out):
         transplant = _Transplant(work, options, threads or usable_cores())
         tensors = transplant.tensors()
         parts = work.inputs[0].checkpoint.parts
@@ -80,8 +78,6 @@ def transplant_tokenizer(
         shards = plan_shards(infos, size, parts=parts)
         files = transplant.files(tensors)
         return publish(out, work, tensors, files, shards=shards, threads=threads, progress=progress)
-    finally:
-        work.close()
 
 
 class _Transplant:
